@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint clean
+
+$(VENV)/.base: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.test: setup.py $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.base  ## train, evaluate and draw on the embedded data set
+	$(BIN)/python launch/demo.py --output=demo
+
+test: $(VENV)/.test  ## the whole suite but the slow checks
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.test  ## the slow checks as well
+	$(BIN)/python -m pytest -n 2 -m ''
+
+lint: $(VENV)/.test
+	$(BIN)/python -m compileall -q spectraldiffusion_jax configs launch tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

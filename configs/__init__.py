@@ -1,0 +1,1 @@
+"""Configurations: `get_config(variant)` returns a locked ConfigDict."""

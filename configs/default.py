@@ -1,0 +1,107 @@
+"""Every field there is, with its unit and source; other configs are deltas.
+
+`[guide]` marks the published guide's name and value, `[here]` a field or
+value of this project. Tuples are overridden as `--config.spectral.scales=8,16`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  if variant:
+    raise ValueError(f"configs/default.py has no variant {variant!r}")
+  c = ConfigDict()
+  c.seed = 0  # seeds initialisation, data order, augmentation and noise [here]
+
+  c.model = model = ConfigDict()
+  model.image_size = 128  # pixels, side of the square input and masks [guide]
+  model.num_slots = 11  # K, background included [guide]
+  model.slot_dim = 64  # D, channels of a slot [guide: 768 with ViT-B]
+  model.num_iterations = 3  # T, refinement iterations [guide]
+  model.use_spectral_init = True  # False: model.slot_init [guide]
+  model.use_diffusion_decoder = True  # False: model.decoder [guide]
+  model.dinov2_model = ""  # a name such as dinov2_vitb14; "" = model.encoder
+  model.backbone_weights = ""  # file made by launch/convert.py [here]
+  model.backbone_size = 0  # pixels, backbone input side; 0 = nearest multiple
+  model.encoder = "unet"  # unet | cnn | vit_tiny, when dinov2_model is ""
+  model.width = 32  # channels of the encoder's finest level [here]
+  model.token_stride = 4  # pixels a side of one slot-attention token [here]
+  model.slot_init = "gaussian"  # gaussian | learned, without spectral init
+  model.update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
+  model.decoder = "broadcast"  # broadcast | patch_mlp, without diffusion
+  model.decoder_width = 32  # channels of the mixture decoder [here]
+  model.compute_dtype = "float32"  # float32 | bfloat16, of large products
+
+  c.spectral = spectral = ConfigDict()
+  spectral.mode = "graph"  # graph | fused | per_scale [here]
+  spectral.scales = (8, 16, 32)  # tokens a side, modes fused, per_scale [guide]
+  spectral.k_per_scale = 4  # clusters a scale, mode per_scale [guide]
+  spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
+  spectral.use_power_iteration = True  # False: dense eigh [guide]
+  spectral.grid = 32  # nodes a side of the graph, mode graph [here]
+  spectral.sigma = 0.06  # affinity scale, Lab / 100 units, mode graph [here]
+  spectral.merge = 0.08  # smallest boundary contrast kept, Lab / 100 [here]
+
+  c.mamba_slot = mamba = ConfigDict()
+  mamba.d_state = 64  # S, SSM state width a head [guide]
+  mamba.use_gmm_prior = True  # identifiable slots: MAP-EM + prior [guide]
+  mamba.use_spatial_fusion = True  # token scan + dilated fusion [guide]
+  mamba.key_dim = 64  # E, width of the space in which slots compete [here]
+
+  c.diffusion = diffusion = ConfigDict()
+  diffusion.latent_dim = 256  # channels that are denoised [guide]
+  diffusion.num_timesteps = 50  # training noise levels [guide]
+  diffusion.num_inference_steps = 10  # sampler steps, never for masks [guide]
+  diffusion.width = 256  # hidden width of the denoiser [here]
+  diffusion.denoiser = "compositional"  # compositional | cross_attention
+
+  c.loss_weights = weights = ConfigDict()
+  weights.reconstruction = 1.0  # pixel error of the mixture decoder [here]
+  weights.diffusion = 1.0  # denoising error [guide]
+  weights.gmm_prior = 0.01  # KL of slots to one learned mixture [guide]
+  weights.spectral_consistency = 0.1  # minus modularity of attention [guide]
+  weights.diversity = 0.0  # hinge on slot cosine, against collapse [guide]
+
+  c.training = training = ConfigDict()
+  training.batch_size = 32  # images a step, over all devices [guide]
+  training.num_epochs = 100  # passes over the training split [guide]
+  training.num_steps = 0  # optimiser steps; 0 = from num_epochs [here]
+  training.learning_rate = 4e-4  # peak, AdamW [guide]
+  training.warmup_epochs = 5.0  # linear warm-up, then cosine to 0 [guide]
+  training.weight_decay = 0.01  # AdamW, matrices and kernels only [guide]
+  training.grad_clip = 1.0  # global norm of the gradient [guide]
+  training.gradient_accumulation = 1  # micro-batches a step [guide]
+
+  c.data = data = ConfigDict()
+  data.dataset = "clevr_with_masks"  # a name launch/prepare.py knows [guide]
+  data.data_root = "data"  # folder of prepared data sets [guide]
+  data.train_split = "train[:90%]"  # TFDS split algebra [here]
+  data.val_split = "train[90%:]"  # scored every val_interval epochs [here]
+  data.num_workers = 0  # grain worker processes; 0 = threads only [guide]
+  data.num_threads = 8  # grain reader threads [here]
+  data.cache = True  # keep decoded training images in memory [here]
+  data.augmentation = True  # apply config.augment while training [guide]
+  data.crop = (29, 221, 64, 256)  # pixels, rows and columns; () = whole [here]
+  data.max_objects = 0  # drop scenes with more objects; 0 = keep all [here]
+
+  c.augment = augment = ConfigDict()
+  augment.flip = 0.5  # probability of a horizontal flip [here]
+  augment.crop_scale = (1.0, 1.0)  # area share of a random resized crop [here]
+  augment.brightness = 0.0  # +- share [here]
+  augment.contrast = 0.0  # +- share [here]
+  augment.saturation = 0.0  # +- share [here]
+  augment.grayscale = 0.0  # probability [here]
+
+  c.logging = logging = ConfigDict()
+  logging.log_dir = ""  # TensorBoard events; "" = the workdir [guide]
+  logging.log_interval = 10  # steps between lines of metrics.jsonl [guide]
+  logging.val_interval = 10  # epochs between validations [guide]
+  logging.save_interval = 50  # steps between checkpoints [guide]
+  logging.image_interval = 50  # steps between pictures; 0 = none [guide]
+  logging.keep_last = 3  # newest checkpoints kept [here]
+
+  c.mesh = mesh = ConfigDict()
+  mesh.data = -1  # devices over which a batch is split; -1 = the rest [here]
+  mesh.fsdp = 1  # devices over which state is split as well [here]
+  mesh.model = 1  # devices over which widths are split [here]
+  return c.lock()

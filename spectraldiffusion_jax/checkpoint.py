@@ -1,0 +1,207 @@
+"""Durable state: Orbax checkpoints whose content is verified when read.
+
+A checkpoint holds the train state and a JSON record (resolved config, code
+version, metrics, fingerprint). The place in the data is the step itself, for
+batch number `step` is a function of the seed (data/pipeline.py), so nothing
+else has to be saved, and neither worker nor process count ties a resume.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import logging
+import math
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.version import __version__
+
+FOLDER = "checkpoints"
+
+
+@jax.jit
+def fingerprint(tree) -> UInt32[Array, " leaves"]:
+  """One 32-bit sum for each leaf, equal on every mesh and device count.
+
+  The bits of element i, as an integer, times an odd number that depends on
+  i, added modulo 2**32: integer addition is exact in any order, and a single
+  flipped bit always changes the sum.
+  """
+  return jnp.stack([_leaf_sum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _leaf_sum(leaf: Array) -> UInt32[Array, ""]:
+  width = leaf.dtype.itemsize
+  bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+  kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+  bits = jax.lax.bitcast_convert_type(bits, kind).astype(jnp.uint32)
+  index = jnp.zeros(leaf.shape, jnp.uint32)
+  for axis in range(leaf.ndim):
+    index = index * np.uint32(leaf.shape[axis]) + jax.lax.broadcasted_iota(
+      jnp.uint32, leaf.shape, axis
+    )
+  return jnp.sum(bits * (index * np.uint32(2654435762) + np.uint32(1)))
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+  body = {k: v for k, v in record.items() if k != "digest"}
+  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+  """The checkpoints of one workdir; use as a context manager.
+
+  Saves are asynchronous: `save` returns after the copy to the host, and
+  leaving the context waits for the last write.
+  """
+
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    keep_last: int = 3,
+    keep_every: int = 0,
+    best_metric: str = "val/ari",
+  ):
+    self.folder = pathlib.Path(workdir).absolute() / FOLDER
+    self.best_metric = best_metric
+    self._screen()
+    keep = [policies.LatestN(keep_last)]
+    if keep_every:
+      keep.append(policies.EveryNSteps(keep_every))
+    keep.append(policies.BestN(get_metric_fn=self._score, n=1))
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        best_fn=self._score,
+        best_mode="max",
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._manager.close()
+
+  def _score(self, metrics: Mapping[str, float] | None) -> float:
+    return (metrics or {}).get(self.best_metric, -math.inf)
+
+  def steps(self) -> list[int]:
+    """Steps on disk, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """The step that scored highest, or None where none was scored."""
+    step = self._manager.best_step()
+    scores = {} if step is None else self._manager.metrics(step)
+    return step if self.best_metric in (scores or {}) else None
+
+  def save(
+    self,
+    step: int,
+    state,
+    *,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+  ) -> None:
+    """Starts writing; a step that is on disk already is left as it is."""
+    if step in self._manager.all_steps():
+      return
+    record = {
+      "version": __version__,
+      "step": step,
+      "config": json.loads(json.dumps(config)),
+      "metrics": dict(metrics),
+      "fingerprint": np.asarray(fingerprint(state)).tolist(),
+    }
+    record["digest"] = _digest(record)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+      ),
+      metrics={"step": step, **metrics},
+      force=True,
+    )
+
+  def restore(self, step: int, abstract_state) -> tuple[Any, dict]:
+    """State and record of one step, verified.
+
+    Raises:
+      Exception: anything Orbax raises for a damaged file, or ValueError where
+        the content read is not the content saved.
+    """
+    out = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state),
+        record=ocp.args.JsonRestore(),
+      ),
+    )
+    state, record = out["state"], out["record"]
+    if record.get("digest") != _digest(record):
+      raise ValueError("the record's digest does not match its content")
+    if record["fingerprint"] != np.asarray(fingerprint(state)).tolist():
+      raise ValueError("array content differs from what was saved")
+    return state, record
+
+  def restore_latest(self, abstract_state) -> tuple[Any, dict] | None:
+    """The newest intact checkpoint, or None where there is none at all.
+
+    A damaged one is named in the log and moved to `checkpoints-damaged/`.
+
+    Raises:
+      UserError: there are checkpoints, and every one is damaged.
+    """
+    steps = self.steps()
+    damaged = self.folder.parent / f"{FOLDER}-damaged"
+    for step in reversed(steps):
+      try:
+        return self.restore(step, abstract_state)
+      except Exception as error:  # Orbax raises bare Exception for bad files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        self._set_aside(step, reason[0][:200])
+        self._manager.reload()
+    if damaged.is_dir():
+      raise UserError(
+        f"workdir: every checkpoint of {self.folder.parent} is damaged (kept in"
+        f" {damaged}); start again in a new workdir"
+      )
+    return None
+
+  def _screen(self) -> None:
+    """Sets steps aside whose scores cannot be read: Orbax reads all at once."""
+    if not self.folder.is_dir():
+      return
+    for path in self.folder.iterdir():
+      if path.name.isdigit():
+        try:
+          json.loads((path / "metrics" / "metrics").read_text())
+        except (OSError, ValueError) as error:
+          self._set_aside(int(path.name), str(error))
+
+  def _set_aside(self, step: int, reason: str) -> None:
+    aside = self.folder.parent / f"{FOLDER}-damaged"
+    aside.mkdir(exist_ok=True)
+    target = aside / str(step)
+    if target.exists():
+      shutil.rmtree(target)
+    shutil.move(self.folder / str(step), target)
+    logging.warning(
+      "checkpoint %d is damaged (%s); kept in %s, falling back",
+      step,
+      reason,
+      target,
+    )

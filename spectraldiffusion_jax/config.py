@@ -1,0 +1,132 @@
+"""What a configuration must satisfy, and how two of them differ.
+
+Config files live in configs/ and know nothing of JAX; this module knows
+which values make sense, and says so in one line that names the field.
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spectraldiffusion_jax.errors import UserError, choose
+
+FREE = ("logging.", "data.data_root", "data.num_workers", "data.num_threads",
+        "data.cache", "mesh.", "model.backbone_weights")
+"""Fields that may change between a run and its continuation: they say where
+and how fast it runs, never what it computes."""
+
+CHOICES = {
+  "model.encoder": ("unet", "cnn", "vit_tiny"),
+  "model.slot_init": ("gaussian", "learned"),
+  "model.update": ("ssm", "gru"),
+  "model.decoder": ("broadcast", "patch_mlp"),
+  "model.compute_dtype": ("float32", "bfloat16"),
+  "spectral.mode": ("graph", "fused", "per_scale"),
+  "diffusion.denoiser": ("compositional", "cross_attention"),
+}
+
+POSITIVE = (
+  "model.image_size", "model.num_slots", "model.slot_dim", "model.width",
+  "model.num_iterations", "model.token_stride", "model.decoder_width",
+  "spectral.k_per_scale", "spectral.knn_k", "spectral.grid", "spectral.sigma",
+  "mamba_slot.d_state", "mamba_slot.key_dim", "diffusion.latent_dim",
+  "diffusion.num_timesteps", "diffusion.num_inference_steps",
+  "diffusion.width", "training.batch_size", "training.learning_rate",
+  "training.gradient_accumulation", "logging.log_interval",
+  "logging.val_interval", "logging.save_interval", "logging.keep_last",
+)
+
+NOT_NEGATIVE = (
+  "seed", "model.backbone_size", "spectral.merge", "training.num_epochs",
+  "training.num_steps", "training.warmup_epochs", "training.weight_decay",
+  "training.grad_clip", "data.num_workers", "data.num_threads",
+  "data.max_objects", "logging.image_interval",
+)
+
+
+def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields ("section.field", value), tuples as lists."""
+  for name in sorted(config):
+    value = config[name]
+    if isinstance(value, (Mapping, ConfigDict)):
+      yield from flatten(value, f"{prefix}{name}.")
+    else:
+      plain = list(value) if isinstance(value, tuple) else value
+      yield prefix + name, plain
+
+
+def validate(config: ConfigDict) -> None:
+  """Raises a UserError that names the first field that makes no sense."""
+  values = dict(flatten(config))
+  for name, choices in CHOICES.items():
+    choose(name, values[name], dict.fromkeys(choices))
+  for name in POSITIVE:
+    if not values[name] > 0:
+      raise UserError(f"{name}={values[name]} has to be greater than 0")
+  for name in (*NOT_NEGATIVE, *(n for n in values if "loss_weights" in n)):
+    if not values[name] >= 0:
+      raise UserError(f"{name}={values[name]} must not be negative")
+  if not (config.training.num_steps or config.training.num_epochs):
+    raise UserError("training.num_steps and training.num_epochs are both 0")
+  _check_tiling(config)
+  crop = values["data.crop"]
+  if crop and (len(crop) != 4 or crop[0] >= crop[1] or crop[2] >= crop[3]):
+    raise UserError(
+      f"data.crop={tuple(crop)} is not (row, row, column, column), rising"
+    )
+
+
+def _check_tiling(config: ConfigDict) -> None:
+  size, stride = config.model.image_size, config.model.token_stride
+  if not config.model.dinov2_model and size % stride:
+    near = max(stride, round(size / stride) * stride)
+    raise UserError(
+      f"model.image_size={size} cannot be tiled by model.token_stride={stride}"
+      f": use a multiple of {stride}, for example {near}"
+    )
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+  """One line for each field outside FREE that differs, as "field: old -> new"."""
+  a, b = dict(flatten(old)), dict(flatten(new))
+  missing = "absent"
+  return [
+    f"{name}: {a.get(name, missing)} -> {b.get(name, missing)}"
+    for name in sorted(a.keys() | b.keys())
+    if a.get(name, missing) != b.get(name, missing)
+    and not name.startswith(FREE)
+  ]
+
+
+def save(config: ConfigDict, path: pathlib.Path) -> None:
+  """Writes the resolved config as JSON."""
+  path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True))
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+  """The locked config that `save` or a checkpoint record holds."""
+  def thaw(value):
+    if isinstance(value, Mapping):
+      return ConfigDict({k: thaw(v) for k, v in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+  return thaw(values).lock()
+
+
+def load(path: pathlib.Path) -> ConfigDict:
+  """Reads what `save` wrote.
+
+  Raises:
+    UserError: there is no such file, or it is not JSON.
+  """
+  try:
+    return from_dict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise UserError(
+      f"workdir: {path} does not exist; give the folder of a training run"
+    ) from None
+  except json.JSONDecodeError as error:
+    raise UserError(f"workdir: {path} is not valid JSON ({error})") from None

@@ -1,0 +1,1 @@
+"""Data sets, transforms and the grain input pipeline; no JAX compute."""

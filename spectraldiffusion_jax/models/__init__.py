@@ -1,0 +1,1 @@
+"""Flax linen modules; each takes keyword fields, never a config."""

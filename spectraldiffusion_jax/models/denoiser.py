@@ -1,0 +1,130 @@
+"""Slot-conditioned denoisers of feature latents: the diffusion decoder.
+
+Both predict v = alpha eps - sigma x0 (Salimans & Ho 2022) for every token
+from the noised token, the noise level and the slots; no image feature ever
+enters, so what is not in the noised token has to come through the slots.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from spectraldiffusion_jax.models import layers
+
+
+def time_embedding(t: Float[Array, " B"], width: int) -> Float[Array, "B D"]:
+  """Sines and cosines of t in [0, 1] at frequencies 1 to 1000."""
+  frequency = jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), width // 2))
+  angle = t[:, None] * frequency[None]
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+class CompositionalDenoiser(nn.Module):
+  """One prediction and one mask logit for each (slot, token); mixed by masks.
+
+  Tokens do not see each other, so slots carry all non-local information, and
+  mask logits come from slot and position alone: they never see the noise,
+  and one evaluation gives the masks.
+  """
+
+  width: int = 256
+  depth: int = 3  # hidden layers
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    noised: Float[Array, "B N C"],
+    t: Float[Array, " B"],
+    slots: Float[Array, "B K D"],
+    active: Bool[Array, "B K"],
+    position: Float[Array, "B N 4"],
+  ) -> tuple[Float[Array, "B N C"], Float[Array, "B K N"]]:
+    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+    time = dense(self.width, "time")(time_embedding(t, 32))[:, None, None]
+    slot = dense(self.width, "slot")(slots)[:, :, None]
+    place = dense(self.width, "position")(position)[:, None]
+    token = dense(self.width, "token")(noised)[:, None]
+    mask = dense(1, "mask")(
+      nn.relu(
+        dense(self.width, "mask_slot")(slots)[:, :, None]
+        + dense(self.width, "mask_position")(position)[:, None]
+      )
+    )[..., 0]
+    mask = jnp.where(active[:, :, None], mask.astype(jnp.float32), -1e9)
+    masks = jax.nn.softmax(mask, axis=1)
+    x = nn.relu(token + slot + place + time)
+    x = layers.MLP(
+      (self.width,) * (self.depth - 1) + (noised.shape[-1],), self.dtype
+    )(x)
+    v = jnp.einsum("BKNC,BKN->BNC", x.astype(jnp.float32), masks)
+    return v, masks
+
+
+class CrossAttentionDenoiser(nn.Module):
+  """Tokens query slots and a few registers; masks are the last attention.
+
+  Registers are image-independent keys that take up residual attention (CODA,
+  Nguyen et al. 2026); the masks are renormalised over the real slots.
+  """
+
+  width: int = 256
+  depth: int = 2  # blocks
+  heads: int = 4
+  registers: int = 4
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    noised: Float[Array, "B N C"],
+    t: Float[Array, " B"],
+    slots: Float[Array, "B K D"],
+    active: Bool[Array, "B K"],
+    position: Float[Array, "B N 4"],
+  ) -> tuple[Float[Array, "B N C"], Float[Array, "B K N"]]:
+    b, k, _ = slots.shape
+    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+    time = dense(self.width, "time")(time_embedding(t, 32))[:, None]
+    x = dense(self.width, "token")(noised) + dense(self.width, "position")(
+      position
+    )
+    register = self.param(
+      "registers", nn.initializers.normal(1.0), (self.registers, self.width)
+    )
+    register = jnp.broadcast_to(register, (b, *register.shape))
+    memory = jnp.concatenate([dense(self.width, "slot")(slots), register], 1)
+    valid = jnp.concatenate([active, jnp.ones((b, self.registers), bool)], 1)
+    for i in range(self.depth):
+      query = nn.LayerNorm(dtype=self.dtype)(x + time)
+      out, attention = self._attend(query, memory, valid, f"block{i}")
+      x = x + out
+      hidden = nn.LayerNorm(dtype=self.dtype)(x + time)
+      x = x + layers.MLP((2 * self.width, self.width), self.dtype)(hidden)
+    v = dense(noised.shape[-1], "out")(x).astype(jnp.float32)
+    masks = attention[:, :k] + 1e-6 * active[:, :, None]
+    return v, masks / masks.sum(1, keepdims=True)
+
+  def _attend(self, query, memory, valid, name):
+    """Multi-head attention; also returns its weights [B K+R N], head mean."""
+    split = lambda name, x: nn.DenseGeneral(
+      (self.heads, self.width // self.heads), dtype=self.dtype, name=name
+    )(x)
+    q = split(f"{name}_query", query)
+    k, v = split(f"{name}_key", memory), split(f"{name}_value", memory)
+    logits = jnp.einsum("BNMD,BKMD->BMNK", q, k).astype(jnp.float32)
+    logits = logits / q.shape[-1] ** 0.5
+    logits = jnp.where(valid[:, None, None], logits, -1e9)
+    weights = jax.nn.softmax(logits, -1)
+    out = jnp.einsum("BMNK,BKMD->BNMD", weights.astype(self.dtype), v)
+    out = nn.DenseGeneral(
+      self.width, axis=(-2, -1), dtype=self.dtype, name=f"{name}_out"
+    )(out)
+    return out, weights.mean(1).swapaxes(1, 2)
+
+
+DENOISERS = {
+  "compositional": CompositionalDenoiser,
+  "cross_attention": CrossAttentionDenoiser,
+}

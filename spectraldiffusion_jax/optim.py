@@ -1,0 +1,67 @@
+"""Optimiser: clipped AdamW under a warm-up cosine schedule."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+NO_DECAY = ("bias", "scale", "log_a", "a_log", "skip", "dt_bias", "embedding")
+"""Last names of parameters that weight decay leaves alone: offsets, norms,
+and the decay rates, skips and step sizes of state-space models."""
+
+
+class Length(NamedTuple):
+  """A run's length, derived once from epochs; the loop counts steps only."""
+
+  steps_per_epoch: int
+  num_steps: int
+  warmup_steps: int
+  val_steps: int  # steps between validations
+
+
+def run_length(
+  *,
+  num_examples: int,
+  batch_size: int,
+  num_epochs: float,
+  num_steps: int,
+  warmup_epochs: float,
+  val_interval: float,
+) -> Length:
+  """Turns the guide's epochs into steps; num_steps > 0 overrides num_epochs."""
+  per_epoch = max(1, num_examples // batch_size)
+  steps = num_steps or max(1, round(num_epochs * per_epoch))
+  return Length(
+    steps_per_epoch=per_epoch,
+    num_steps=steps,
+    warmup_steps=min(round(warmup_epochs * per_epoch), steps // 10 + 1),
+    val_steps=max(1, round(val_interval * per_epoch)),
+  )
+
+
+def decay_mask(params) -> object:
+  """True for the parameters that weight decay acts on."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, p: p.ndim > 1 and path[-1].key.lower() not in NO_DECAY,
+    params,
+  )
+
+
+def make_schedule(*, learning_rate: float, length: Length) -> optax.Schedule:
+  """Linear warm-up to `learning_rate`, then a cosine to zero."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if length.warmup_steps else learning_rate,
+    peak_value=learning_rate,
+    warmup_steps=length.warmup_steps,
+    decay_steps=length.num_steps,
+  )
+
+
+def make_optimizer(
+  schedule: optax.Schedule, *, weight_decay: float, grad_clip: float
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm."""
+  clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+  return optax.chain(
+    clip, optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
+  )

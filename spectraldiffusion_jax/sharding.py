@@ -1,0 +1,119 @@
+"""Device mesh, and where every array of a run lives on it.
+
+Batches are split over the mesh axes `data` and `fsdp`; parameters and
+optimiser state over `fsdp` and `model` by the ordered RULES below, of which
+the first that matches a parameter's path wins (the scheme of big_vision).
+"""
+
+from collections.abc import Mapping
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from spectraldiffusion_jax.errors import UserError
+
+AXES = ("data", "fsdp", "model")
+
+RULES = (
+  # (pattern searched in the parameter's path, spec of its LAST dimensions)
+  (r"(bias|scale|mean|log_std)$", ()),
+  (r"kernel$", ("fsdp", "model")),
+  (r".*", ()),
+)
+
+
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, model: int = 1, devices=None
+) -> Mesh:
+  """Mesh with axes data, fsdp, model; at most one size may be -1 (the rest).
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = {"data": data, "fsdp": fsdp, "model": model}
+  open_axes = [name for name, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(open_axes) > 1 or fixed < 1:
+    raise UserError(
+      f"mesh={sizes}: sizes are positive, and at most one is -1 (the rest)"
+    )
+  if open_axes:
+    sizes[open_axes[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
+    raise UserError(
+      f"mesh={sizes} needs {math.prod(sizes.values())} devices, there are "
+      f"{len(devices)}: set mesh.data, mesh.fsdp and mesh.model to match"
+    )
+  return Mesh(
+    np.asarray(devices).reshape(tuple(sizes.values())),
+    AXES,
+    axis_types=(AxisType.Auto,) * 3,
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data and fsdp."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, P())
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Spec of one array: the first matching rule, where the sizes divide."""
+  names = next(spec for pattern, spec in RULES if re.search(pattern, path))
+  spec = [None] * len(shape)
+  offset = len(shape) - len(names)
+  for i, name in enumerate(names):
+    if offset >= 0 and shape[offset + i] % mesh.shape[name] == 0:
+      spec[offset + i] = name
+  return P(*spec)
+
+
+def state_sharding(abstract_state, mesh: Mesh):
+  """A sharding for every leaf of a state (optimiser moments follow params)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(
+      mesh,
+      parameter_spec(
+        jax.tree_util.keystr(path, simple=True, separator="/"),
+        leaf.shape,
+        mesh,
+      ),
+    ),
+    abstract_state,
+  )
+
+
+def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+  """Raises a UserError naming the numbers if rows do not split evenly."""
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % (rows * accumulation):
+    raise UserError(
+      f"training.batch_size={batch_size} does not split over mesh.data * "
+      f"mesh.fsdp = {rows} devices times training.gradient_accumulation="
+      f"{accumulation}: use a multiple of {rows * accumulation}"
+    )
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict:
+  """This process's rows -> global arrays, split over data and fsdp."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+    for name, rows in batch.items()
+  }
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+  """The rows of a batch-sharded array that this process holds, in order."""
+  parts = {
+    shard.index[0].start or 0: shard.data for shard in array.addressable_shards
+  }
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

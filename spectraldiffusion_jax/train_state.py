@@ -1,0 +1,38 @@
+"""What a step reads and writes, and the random streams it draws from."""
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import optax
+
+STREAMS = ("params", "slots", "noise", "composite", "dropout")
+"""Random streams; a stream's key depends on its name, the seed and the step
+alone, so adding a stream never changes another one's numbers."""
+
+
+class TrainState(struct.PyTreeNode):
+  """The whole state of a run but its place in the data."""
+
+  step: Array  # [] int32, optimiser steps taken
+  params: dict
+  opt_state: optax.OptState
+
+
+def stream_keys(seed: int, step: Array | int) -> dict[str, Array]:
+  """One typed key for each name in STREAMS, folded with seed and step."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return {name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)}
+
+
+def create(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  image: Float[Array, "B H W 3"],
+  seed: int,
+) -> TrainState:
+  """A new state; `image` gives shapes only. Call under jit or eval_shape."""
+  variables = model.init(stream_keys(seed, 0), image, train=False)
+  params = variables["params"]
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

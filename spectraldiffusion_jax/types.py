@@ -1,0 +1,61 @@
+"""Letter legend and the structs that cross module boundaries.
+
+Every shape in this package is written in these capitals, in types, einsums
+and comments alike:
+
+  B  batch                    H W  image height and width in pixels
+  C  colour channels (3)      h w  token grid, N = h * w tokens
+  F  encoder feature width    K    slots        D  slot width
+  E  key width (the space in which slots compete for tokens)
+  R  spectral rank            L    scan length  S  SSM state width
+  M  heads                    T    refinement iterations
+  t  diffusion time in [0, 1]
+"""
+
+from typing import TypeAlias
+
+from flax import struct
+from jaxtyping import Array
+import numpy as np
+
+Batch: TypeAlias = dict[str, np.ndarray | Array]
+"""One batch of the input pipeline.
+
+image          [B H W 3] float32 in [0, 1]
+segmentation   [B H W] int32, ground-truth instance id, 0 = background
+                 (evaluation only: no training loss ever reads it)
+mask           [B] bool, False for rows that only pad the last batch
+index          [B] int32, position of the example in its split
+"""
+
+
+class Features(struct.PyTreeNode):
+  """What an encoder hands on."""
+
+  tokens: Array  # [B h w F] features of the token grid
+  field: Array | None = None  # [B H W E] per-pixel keys, if the encoder has any
+
+
+class Slots(struct.PyTreeNode):
+  """Slots and the assignment of tokens to them."""
+
+  slots: Array  # [B K D] content
+  attention: Array  # [B K N] responsibilities, sum to 1 over K
+  active: Array  # [B K] bool, False for slots that exist only as padding
+
+
+class Decoded(struct.PyTreeNode):
+  """A decoder's masks, and its prediction beside what it should have been."""
+
+  masks: Array  # [B K H W] sum to 1 over K
+  prediction: Array  # [B ... C] reconstruction or denoised latents
+  target: Array  # like prediction
+  weight: Array  # [B] loss weight of each example (1 for pixels)
+
+
+class ModelOutput(struct.PyTreeNode):
+  """Everything losses, metrics and pictures may want to see."""
+
+  slots: Slots
+  decoded: Decoded
+  masks: Array  # [B K H W] the segmentation: argmax over K
