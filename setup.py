@@ -1,4 +1,4 @@
-"""Installation of spectraldiffusion_jax; the tools are set up in pyproject.toml."""
+"""Installation of spectraldiffusion_jax; pyproject.toml sets up the tools."""
 
 import pathlib
 import re

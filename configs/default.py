@@ -24,11 +24,11 @@ def get_config(variant: str = "") -> ConfigDict:
   model.backbone_weights = ""  # file made by launch/convert.py [here]
   model.backbone_size = 0  # pixels, backbone input side; 0 = nearest multiple
   model.encoder = "unet"  # unet | cnn | vit_tiny, when dinov2_model is ""
-  model.width = 32  # channels of the encoder's finest level [here]
+  model.width = 24  # channels of the encoder's finest level [here]
   model.token_stride = 4  # pixels a side of one slot-attention token [here]
   model.slot_init = "gaussian"  # gaussian | learned, without spectral init
-  model.update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
-  model.decoder = "broadcast"  # broadcast | patch_mlp, without diffusion
+  model.slot_update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
+  model.decoder = "broadcast"  # broadcast | patch_mlp | none, without diffusion
   model.decoder_width = 32  # channels of the mixture decoder [here]
   model.compute_dtype = "float32"  # float32 | bfloat16, of large products
 
@@ -38,7 +38,6 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.k_per_scale = 4  # clusters a scale, mode per_scale [guide]
   spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
   spectral.use_power_iteration = True  # False: dense eigh [guide]
-  spectral.grid = 32  # nodes a side of the graph, mode graph [here]
   spectral.sigma = 0.06  # affinity scale, Lab / 100 units, mode graph [here]
   spectral.merge = 0.08  # smallest boundary contrast kept, Lab / 100 [here]
 
@@ -46,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
   mamba.d_state = 64  # S, SSM state width a head [guide]
   mamba.use_gmm_prior = True  # identifiable slots: MAP-EM + prior [guide]
   mamba.use_spatial_fusion = True  # token scan + dilated fusion [guide]
-  mamba.key_dim = 64  # E, width of the space in which slots compete [here]
+  mamba.key_dim = 6  # E, width of the space in which slots compete [here]
 
   c.diffusion = diffusion = ConfigDict()
   diffusion.latent_dim = 256  # channels that are denoised [guide]
@@ -61,6 +60,16 @@ def get_config(variant: str = "") -> ConfigDict:
   weights.gmm_prior = 0.01  # KL of slots to one learned mixture [guide]
   weights.spectral_consistency = 0.1  # minus modularity of attention [guide]
   weights.diversity = 0.0  # hinge on slot cosine, against collapse [guide]
+  weights.foreground = 1.0  # log loss of foreground on composites [here]
+  weights.vote = 0.25  # error of votes for the object's centre [here]
+  weights.slot = 0.0  # -log posterior of the own slot, an E-step [here]
+
+  c.composite = composite = ConfigDict()
+  composite.rounds = 3  # self-training rounds on composites; 0 = none [here]
+  composite.pastes = 5  # most segments pasted into an image [here]
+  composite.rate = 0.85  # share of images that are pasted into [here]
+  composite.grey_object = 0.2  # chance that a segment turns grey [here]
+  composite.trust = 0.4  # share of round 0 in which all labels count [here]
 
   c.training = training = ConfigDict()
   training.batch_size = 32  # images a step, over all devices [guide]
@@ -71,6 +80,7 @@ def get_config(variant: str = "") -> ConfigDict:
   training.weight_decay = 0.01  # AdamW, matrices and kernels only [guide]
   training.grad_clip = 1.0  # global norm of the gradient [guide]
   training.gradient_accumulation = 1  # micro-batches a step [guide]
+  training.max_skips = 0  # non-finite steps skipped before giving up [here]
 
   c.data = data = ConfigDict()
   data.dataset = "clevr_with_masks"  # a name launch/prepare.py knows [guide]

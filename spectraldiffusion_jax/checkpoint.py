@@ -6,20 +6,20 @@ batch number `step` is a function of the seed (data/pipeline.py), so nothing
 else has to be saved, and neither worker nor process count ties a resume.
 """
 
-from collections.abc import Mapping
 import hashlib
 import json
 import logging
 import math
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from spectraldiffusion_jax.errors import UserError
@@ -61,7 +61,8 @@ class Checkpoints:
   """The checkpoints of one workdir; use as a context manager.
 
   Saves are asynchronous: `save` returns after the copy to the host, and
-  leaving the context waits for the last write.
+  leaving the context waits for the last write. `read_only` leaves the folder
+  as it is, damaged checkpoints included: another process may be writing.
   """
 
   def __init__(
@@ -71,7 +72,9 @@ class Checkpoints:
     keep_last: int = 3,
     keep_every: int = 0,
     best_metric: str = "val/ari",
+    read_only: bool = False,
   ):
+    self._read_only = read_only
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self.best_metric = best_metric
     self._screen()
@@ -85,7 +88,10 @@ class Checkpoints:
         preservation_policy=policies.AnyPreservationPolicy(keep),
         best_fn=self._score,
         best_mode="max",
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not read_only,
+        save_interval_steps=0 if read_only else 1,
       ),
     )
 
@@ -173,17 +179,18 @@ class Checkpoints:
       except Exception as error:  # Orbax raises bare Exception for bad files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         self._set_aside(step, reason[0][:200])
-        self._manager.reload()
-    if damaged.is_dir():
+        if not self._read_only:
+          self._manager.reload()
+    if damaged.is_dir() or steps:
       raise UserError(
-        f"workdir: every checkpoint of {self.folder.parent} is damaged (kept in"
+        f"workdir: every checkpoint of {self.folder.parent} is damaged (see"
         f" {damaged}); start again in a new workdir"
       )
     return None
 
   def _screen(self) -> None:
     """Sets steps aside whose scores cannot be read: Orbax reads all at once."""
-    if not self.folder.is_dir():
+    if self._read_only or not self.folder.is_dir():
       return
     for path in self.folder.iterdir():
       if path.name.isdigit():
@@ -193,6 +200,9 @@ class Checkpoints:
           self._set_aside(int(path.name), str(error))
 
   def _set_aside(self, step: int, reason: str) -> None:
+    if self._read_only:
+      logging.warning("checkpoint %d is damaged (%s), skipped", step, reason)
+      return
     aside = self.folder.parent / f"{FOLDER}-damaged"
     aside.mkdir(exist_ok=True)
     target = aside / str(step)

@@ -4,46 +4,82 @@ Config files live in configs/ and know nothing of JAX; this module knows
 which values make sense, and says so in one line that names the field.
 """
 
-from collections.abc import Iterator, Mapping
 import json
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax.errors import UserError, choose
 
-FREE = ("logging.", "data.data_root", "data.num_workers", "data.num_threads",
-        "data.cache", "mesh.", "model.backbone_weights")
+FREE = (
+  "logging.",
+  "data.data_root",
+  "data.num_workers",
+  "data.num_threads",
+  "data.cache",
+  "mesh.",
+  "model.backbone_weights",
+)
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs, never what it computes."""
 
 CHOICES = {
   "model.encoder": ("unet", "cnn", "vit_tiny"),
   "model.slot_init": ("gaussian", "learned"),
-  "model.update": ("ssm", "gru"),
-  "model.decoder": ("broadcast", "patch_mlp"),
+  "model.slot_update": ("ssm", "gru"),
+  "model.decoder": ("broadcast", "patch_mlp", "none"),
   "model.compute_dtype": ("float32", "bfloat16"),
   "spectral.mode": ("graph", "fused", "per_scale"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
 }
 
 POSITIVE = (
-  "model.image_size", "model.num_slots", "model.slot_dim", "model.width",
-  "model.num_iterations", "model.token_stride", "model.decoder_width",
-  "spectral.k_per_scale", "spectral.knn_k", "spectral.grid", "spectral.sigma",
-  "mamba_slot.d_state", "mamba_slot.key_dim", "diffusion.latent_dim",
-  "diffusion.num_timesteps", "diffusion.num_inference_steps",
-  "diffusion.width", "training.batch_size", "training.learning_rate",
-  "training.gradient_accumulation", "logging.log_interval",
-  "logging.val_interval", "logging.save_interval", "logging.keep_last",
+  "model.image_size",
+  "model.num_slots",
+  "model.slot_dim",
+  "model.width",
+  "model.num_iterations",
+  "model.token_stride",
+  "model.decoder_width",
+  "spectral.k_per_scale",
+  "spectral.knn_k",
+  "spectral.sigma",
+  "mamba_slot.d_state",
+  "mamba_slot.key_dim",
+  "diffusion.latent_dim",
+  "diffusion.num_timesteps",
+  "diffusion.num_inference_steps",
+  "diffusion.width",
+  "training.batch_size",
+  "training.learning_rate",
+  "training.gradient_accumulation",
+  "logging.log_interval",
+  "logging.val_interval",
+  "logging.save_interval",
+  "logging.keep_last",
 )
 
 NOT_NEGATIVE = (
-  "seed", "model.backbone_size", "spectral.merge", "training.num_epochs",
-  "training.num_steps", "training.warmup_epochs", "training.weight_decay",
-  "training.grad_clip", "data.num_workers", "data.num_threads",
-  "data.max_objects", "logging.image_interval",
+  "seed",
+  "model.backbone_size",
+  "spectral.merge",
+  "training.num_epochs",
+  "training.num_steps",
+  "training.warmup_epochs",
+  "training.weight_decay",
+  "training.grad_clip",
+  "training.max_skips",
+  "data.num_workers",
+  "data.num_threads",
+  "data.max_objects",
+  "logging.image_interval",
+  "composite.rounds",
+  "composite.pastes",
+  "composite.rate",
+  "composite.grey_object",
+  "composite.trust",
 )
 
 
@@ -90,7 +126,7 @@ def _check_tiling(config: ConfigDict) -> None:
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
-  """One line for each field outside FREE that differs, as "field: old -> new"."""
+  """A line for each field outside FREE that differs: `field: old -> new`."""
   a, b = dict(flatten(old)), dict(flatten(new))
   missing = "absent"
   return [
@@ -108,6 +144,7 @@ def save(config: ConfigDict, path: pathlib.Path) -> None:
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
   """The locked config that `save` or a checkpoint record holds."""
+
   def thaw(value):
     if isinstance(value, Mapping):
       return ConfigDict({k: thaw(v) for k, v in value.items()})

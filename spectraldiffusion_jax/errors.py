@@ -1,7 +1,7 @@
 """The one exception that a user, not a developer, is meant to read."""
 
-from collections.abc import Mapping
 import difflib
+from collections.abc import Mapping
 
 
 class UserError(ValueError):

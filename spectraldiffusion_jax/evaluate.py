@@ -5,19 +5,19 @@ tables of the documentation: images in, label maps out, scored on the host in
 float64 against the truth at the truth's resolution.
 """
 
-from collections.abc import Callable, Iterable
 import json
 import math
 import pathlib
 import re
 import time
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from spectraldiffusion_jax import metrics, sharding
 from spectraldiffusion_jax.errors import UserError
@@ -70,9 +70,7 @@ def evaluate(
     image = sharding.shard_batch({"image": batch["image"]}, mesh)["image"]
     predicted = sharding.local_rows(segment(image)).astype(np.int64)
     rows.append(
-      metrics.score_images(
-        batch["segmentation"], predicted, mask=batch["mask"]
-      )
+      metrics.score_images(batch["segmentation"], predicted, mask=batch["mask"])
     )
   if not rows:
     raise UserError("the split holds no images: choose a larger one")
@@ -86,7 +84,10 @@ def evaluate(
 
 def report_name(dataset: str, split: str) -> str:
   """DATASET_SPLIT.json, with what a file name cannot hold replaced by `-`."""
-  clean = lambda text: re.sub(r"[^\w.%+-]+", "-", text).strip("-")
+
+  def clean(text: str) -> str:
+    return re.sub(r"[^\w.%+-]+", "-", text).strip("-")
+
   return f"{clean(dataset)}_{clean(split)}.json"
 
 

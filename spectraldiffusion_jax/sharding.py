@@ -5,13 +5,14 @@ optimiser state over `fsdp` and `model` by the ordered RULES below, of which
 the first that matches a parameter's path wins (the scheme of big_vision).
 """
 
-from collections.abc import Mapping
 import math
 import re
+from collections.abc import Mapping
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spectraldiffusion_jax.errors import UserError
 
@@ -60,6 +61,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def batch_rows(mesh: Mesh) -> int:
+  """Number of devices over which the rows of a batch are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, P())
@@ -93,7 +99,7 @@ def state_sharding(abstract_state, mesh: Mesh):
 
 def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
   """Raises a UserError naming the numbers if rows do not split evenly."""
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = batch_rows(mesh)
   if batch_size % (rows * accumulation):
     raise UserError(
       f"training.batch_size={batch_size} does not split over mesh.data * "

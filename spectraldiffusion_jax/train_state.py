@@ -1,11 +1,11 @@
 """What a step reads and writes, and the random streams it draws from."""
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 import optax
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float
 
 STREAMS = ("params", "slots", "noise", "composite", "dropout")
 """Random streams; a stream's key depends on its name, the seed and the step
@@ -33,6 +33,6 @@ def create(
   seed: int,
 ) -> TrainState:
   """A new state; `image` gives shapes only. Call under jit or eval_shape."""
-  variables = model.init(stream_keys(seed, 0), image, train=False)
+  variables = model.init(stream_keys(seed, 0), image, train=True)
   params = variables["params"]
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 import optax
+from flax import linen as nn
+from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.train_state import TrainState, stream_keys
 from spectraldiffusion_jax.types import ModelOutput

@@ -14,9 +14,9 @@ and comments alike:
 
 from typing import TypeAlias
 
+import numpy as np
 from flax import struct
 from jaxtyping import Array
-import numpy as np
 
 Batch: TypeAlias = dict[str, np.ndarray | Array]
 """One batch of the input pipeline.
@@ -44,10 +44,18 @@ class Slots(struct.PyTreeNode):
   active: Array  # [B K] bool, False for slots that exist only as padding
 
 
+class Mixtures(struct.PyTreeNode):
+  """A diagonal Gaussian mixture in key space for each image."""
+
+  mean: Array  # [B K E]
+  variance: Array  # [B K E]
+  weight: Array  # [B K]
+
+
 class Decoded(struct.PyTreeNode):
   """A decoder's masks, and its prediction beside what it should have been."""
 
-  masks: Array  # [B K H W] sum to 1 over K
+  masks: Array  # [B K H W] or [B K h w], sum to 1 over K
   prediction: Array  # [B ... C] reconstruction or denoised latents
   target: Array  # like prediction
   weight: Array  # [B] loss weight of each example (1 for pixels)
@@ -57,5 +65,9 @@ class ModelOutput(struct.PyTreeNode):
   """Everything losses, metrics and pictures may want to see."""
 
   slots: Slots
-  decoded: Decoded
-  masks: Array  # [B K H W] the segmentation: argmax over K
+  masks: Array  # [B K H W] the segmentation, sums to 1 over K
+  decoded: Decoded | None = None
+  field: Array | None = None  # [B H W 3+E] instance field
+  mixture: Mixtures | None = None  # slots as Gaussians over keys
+  prior: Mixtures | None = None  # [1 C E] the learned mixture of all slots
+  affinity: Array | None = None  # [B N E] features the graph is built on

@@ -1,9 +1,9 @@
 """A run's folder: one process group at a time, one config for good."""
 
-from collections.abc import Iterator
 import contextlib
 import fcntl
 import pathlib
+from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict

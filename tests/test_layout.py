@@ -15,18 +15,25 @@ PACKAGE = "spectraldiffusion_jax"
 FOLDER = pathlib.Path(spectraldiffusion_jax.__file__).parent
 ROOT = FOLDER.parent
 
-LAYERS = (
-  {"types", "errors", "version"},
-  {"ops"},
-  {"models", "losses", "metrics", "panoptic", "pseudo_classes", "diagnostics",
-   "data"},
-  {"optim", "sharding", "visualise", "writers", "config"},
-  {"train_state", "train_step", "checkpoint", "preemption", "workdir",
-   "objective", "convert"},
-  {"evaluate", "rounds", "build", "backbone"},
-  {"segmenter", "train_loop"},
-  {"ablation", "plan", "benchmarks", "demo", "command", "__init__"},
-)
+LAYERS = [
+  row.split()
+  for row in """
+    types errors version
+    ops
+    data models losses metrics colours
+    panoptic sheet diagnostics
+    pseudo_classes visualise
+    optim sharding writers config weights pth
+    train_state train_step checkpoint preemption workdir divergence
+    objective convert
+    evaluate build backbone
+    rounds
+    run
+    segmenter train_loop
+    predict reports
+    ablation plan demo benchmarks command __init__
+  """.strip().splitlines()
+]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(FOLDER.rglob("*.py"))
 FILES = sorted(
@@ -96,8 +103,7 @@ def test_configs_open_without_jax():
 
 def test_whole_package_imports_without_tensorflow():
   modules = [
-    m.name
-    for m in pkgutil.walk_packages([str(FOLDER)], prefix=f"{PACKAGE}.")
+    m.name for m in pkgutil.walk_packages([str(FOLDER)], prefix=f"{PACKAGE}.")
   ]
   for name in modules:
     importlib.import_module(name)

@@ -11,8 +11,12 @@ from spectraldiffusion_jax import optim
 
 def length(**changes):
   options = dict(
-    num_examples=105, batch_size=10, num_epochs=4, num_steps=0,
-    warmup_epochs=1.0, val_interval=2,
+    num_examples=105,
+    batch_size=10,
+    num_epochs=4,
+    num_steps=0,
+    warmup_epochs=1.0,
+    val_interval=2,
   )
   return optim.run_length(**(options | changes))
 

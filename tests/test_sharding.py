@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from spectraldiffusion_jax import sharding
 from spectraldiffusion_jax.errors import UserError

@@ -4,13 +4,13 @@ Each slot paints an RGB image and a mask logit; masks are a softmax over
 slots (Locatello et al. 2020, section 3.1; Watters et al. 2019).
 """
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from spectraldiffusion_jax.models import layers
-from spectraldiffusion_jax.types import Decoded
+from spectraldiffusion_jax.types import Decoded, Features, Slots
 
 
 def mixture(
@@ -41,10 +41,15 @@ class SpatialBroadcastDecoder(nn.Module):
   @nn.compact
   def __call__(
     self,
-    slots: Float[Array, "B K D"],
-    active: Bool[Array, "B K"],
+    slots: Slots,
     image: Float[Array, "B H W 3"],
+    features: Features,
+    *,
+    train: bool = False,
   ) -> Decoded:
+    """Paints the image from slots alone."""
+    del features, train
+    slots, active = slots.slots, slots.active
     b, k, _ = slots.shape
     height, width = image.shape[1:3]
     scale = 2**self.upsamplings
@@ -75,10 +80,15 @@ class PatchMLPDecoder(nn.Module):
   @nn.compact
   def __call__(
     self,
-    slots: Float[Array, "B K D"],
-    active: Bool[Array, "B K"],
+    slots: Slots,
     image: Float[Array, "B H W 3"],
+    features: Features,
+    *,
+    train: bool = False,
   ) -> Decoded:
+    """Paints the image from slots alone."""
+    del features, train
+    slots, active = slots.slots, slots.active
     b, k, _ = slots.shape
     height, width = image.shape[1:3]
     h, w = -(-height // self.patch), -(-width // self.patch)

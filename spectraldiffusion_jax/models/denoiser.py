@@ -5,9 +5,9 @@ from the noised token, the noise level and the slots; no image feature ever
 enters, so what is not in the noised token has to come through the slots.
 """
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from spectraldiffusion_jax.models import layers
@@ -41,7 +41,11 @@ class CompositionalDenoiser(nn.Module):
     active: Bool[Array, "B K"],
     position: Float[Array, "B N 4"],
   ) -> tuple[Float[Array, "B N C"], Float[Array, "B K N"]]:
-    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+    """Predicted v, and masks that sum to 1 over active slots."""
+
+    def dense(width, name):
+      return nn.Dense(width, dtype=self.dtype, name=name)
+
     time = dense(self.width, "time")(time_embedding(t, 32))[:, None, None]
     slot = dense(self.width, "slot")(slots)[:, :, None]
     place = dense(self.width, "position")(position)[:, None]
@@ -84,8 +88,12 @@ class CrossAttentionDenoiser(nn.Module):
     active: Bool[Array, "B K"],
     position: Float[Array, "B N 4"],
   ) -> tuple[Float[Array, "B N C"], Float[Array, "B K N"]]:
+    """Predicted v, and masks that sum to 1 over active slots."""
     b, k, _ = slots.shape
-    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+
+    def dense(width, name):
+      return nn.Dense(width, dtype=self.dtype, name=name)
+
     time = dense(self.width, "time")(time_embedding(t, 32))[:, None]
     x = dense(self.width, "token")(noised) + dense(self.width, "position")(
       position
@@ -108,9 +116,13 @@ class CrossAttentionDenoiser(nn.Module):
 
   def _attend(self, query, memory, valid, name):
     """Multi-head attention; also returns its weights [B K+R N], head mean."""
-    split = lambda name, x: nn.DenseGeneral(
-      (self.heads, self.width // self.heads), dtype=self.dtype, name=name
-    )(x)
+
+    def split(name, x):
+      width = self.width // self.heads
+      return nn.DenseGeneral((self.heads, width), dtype=self.dtype, name=name)(
+        x
+      )
+
     q = split(f"{name}_query", query)
     k, v = split(f"{name}_key", memory), split(f"{name}_value", memory)
     logits = jnp.einsum("BNMD,BKMD->BMNK", q, k).astype(jnp.float32)

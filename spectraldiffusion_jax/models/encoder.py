@@ -1,7 +1,7 @@
 """Encoders that are trained here: image in, a grid of tokens out."""
 
-from flax import linen as nn
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.models import layers
@@ -21,10 +21,8 @@ class CNNEncoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, image: Float[Array, "B H W 3"], *, train: bool = False
-  ) -> Features:
-    del train
+  def __call__(self, image: Float[Array, "B H W 3"]) -> Features:
+    """Tokens [B h w F]; there is no field."""
     x = layers.space_to_depth(2 * image - 1, self.stride).astype(self.dtype)
     for _ in range(self.depth):
       x = nn.relu(nn.Conv(self.width, (3, 3), dtype=self.dtype)(x))

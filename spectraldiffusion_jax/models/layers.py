@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from flax import linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
 
 
 def position_grid(height: int, width: int) -> Float[np.ndarray, "h w 4"]:
@@ -25,6 +25,7 @@ class PositionEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+    """Same shape and dtype."""
     grid = jnp.asarray(position_grid(*x.shape[1:3]), x.dtype)
     return x + nn.Dense(x.shape[-1], dtype=x.dtype)(grid)[None]
 
@@ -37,6 +38,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+    """Applies the layers to the last axis."""
     for width in self.widths[:-1]:
       x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
     return nn.Dense(self.widths[-1], dtype=self.dtype)(x)

@@ -1,8 +1,10 @@
 """Slot attention: slots compete for tokens and are updated by a cell."""
 
-from flax import linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from spectraldiffusion_jax.types import Slots
@@ -29,12 +31,16 @@ class SlotAttention(nn.Module):
     slots: Float[Array, "B K D"],
     active: Bool[Array, "B K"],
   ) -> Slots:
+    """Slots after T rounds, and the attention of the last."""
     x = nn.LayerNorm(dtype=self.dtype)(tokens)
-    dense = lambda name: nn.Dense(
-      self.slot_dim, use_bias=False, dtype=self.dtype, name=name
+    dense = functools.partial(
+      nn.Dense, self.slot_dim, use_bias=False, dtype=self.dtype
     )
-    key, value = dense("key")(x), dense("value")(x)
-    query, norm = dense("query"), nn.LayerNorm(dtype=self.dtype, name="norm")
+    key, value = dense(name="key")(x), dense(name="value")(x)
+    query, norm = (
+      dense(name="query"),
+      nn.LayerNorm(dtype=self.dtype, name="norm"),
+    )
     state = self.cell.initial_state(slots)
     for _ in range(self.num_iterations):
       logits = jnp.einsum("BND,BKD->BKN", key, query(norm(slots)))

@@ -1,8 +1,8 @@
 """Where slots start when no spectral step places them."""
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 
@@ -19,6 +19,7 @@ class GaussianInit(nn.Module):
   def __call__(
     self, tokens: Float[Array, "B N F"]
   ) -> tuple[Float[Array, "B K D"], Bool[Array, "B K"]]:
+    """Slots, all of them active."""
     shape = (tokens.shape[0], self.num_slots, self.slot_dim)
     mean = self.param("mean", nn.initializers.normal(1.0), shape[-1:])
     log_std = self.param("log_std", nn.initializers.zeros, shape[-1:])
@@ -40,6 +41,7 @@ class LearnedInit(nn.Module):
   def __call__(
     self, tokens: Float[Array, "B N F"]
   ) -> tuple[Float[Array, "B K D"], Bool[Array, "B K"]]:
+    """Slots, all of them active."""
     shape = (tokens.shape[0], self.num_slots, self.slot_dim)
     slots = self.param("slots", nn.initializers.normal(1.0), shape[1:])
     return jnp.broadcast_to(slots, shape), jnp.ones(shape[:2], bool)

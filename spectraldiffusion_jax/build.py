@@ -1,0 +1,189 @@
+"""From a config to the parts of a run: model, training-free step, loss."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from spectraldiffusion_jax import objective, optim, train_state
+from spectraldiffusion_jax.errors import choose
+from spectraldiffusion_jax.models import (
+  decoder,
+  denoiser,
+  diffusion_decoder,
+  em_attention,
+  encoder,
+  slot_attention,
+  slot_init,
+  slot_update,
+  ssm,
+  unet,
+)
+from spectraldiffusion_jax.models import (
+  model as model_lib,
+)
+from spectraldiffusion_jax.ops import partition
+from spectraldiffusion_jax.train_state import TrainState
+from spectraldiffusion_jax.train_step import LossFn
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def grid_of(config: ConfigDict) -> tuple[int, int]:
+  """Height and width of the token grid."""
+  side = config.model.image_size // config.model.token_stride
+  return side, side
+
+
+def make_encoder(config: ConfigDict) -> nn.Module:
+  """The encoder named by model.encoder, or the frozen DINOv2 backbone."""
+  model, dtype = config.model, DTYPES[config.model.compute_dtype]
+  if model.encoder == "cnn":
+    return encoder.CNNEncoder(
+      width=model.width, stride=model.token_stride, dtype=dtype
+    )
+  fusion = None
+  if config.mamba_slot.use_spatial_fusion:
+    fusion = ssm.SelectiveScan2D(d_state=config.mamba_slot.d_state, dtype=dtype)
+  return unet.UNetEncoder(
+    widths=tuple(round(model.width * share) for share in (1, 2, 4, 5.34)),
+    stride=model.token_stride,
+    embedding=config.mamba_slot.key_dim - 2,
+    fusion=fusion,
+    dtype=dtype,
+  )
+
+
+def make_decoder(config: ConfigDict) -> nn.Module | None:
+  """The diffusion decoder, or the mixture decoder named by model.decoder."""
+  model, dtype = config.model, DTYPES[config.model.compute_dtype]
+  if model.use_diffusion_decoder:
+    kind = choose(
+      "diffusion.denoiser", config.diffusion.denoiser, denoiser.DENOISERS
+    )
+    return diffusion_decoder.DiffusionDecoder(
+      denoiser=kind(width=config.diffusion.width, dtype=dtype),
+      source="tokens" if model.dinov2_model else "pixels",
+      latent_dim=config.diffusion.latent_dim,
+      num_timesteps=config.diffusion.num_timesteps,
+    )
+  if model.decoder == "none":
+    return None
+  if model.decoder == "patch_mlp":
+    return decoder.PatchMLPDecoder(
+      patch=model.token_stride, width=model.decoder_width, dtype=dtype
+    )
+  return decoder.SpatialBroadcastDecoder(width=model.decoder_width, dtype=dtype)
+
+
+def make_partition(config: ConfigDict) -> model_lib.Partitioner:
+  """The batched spectral step: features -> assignment [B K N], active."""
+  spectral = config.spectral
+  one = functools.partial(
+    partition.spectral_partition,
+    num_slots=config.model.num_slots,
+    sigma=spectral.sigma,
+    tau=spectral.merge,
+  )
+
+  def run(features: Float[Array, "B h w E"]):
+    found = jax.vmap(one)(features)
+    return found.assignment.swapaxes(1, 2), found.active
+
+  return run
+
+
+def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
+  """The complete model of a validated config."""
+  model, mamba = config.model, config.mamba_slot
+  dtype = DTYPES[model.compute_dtype]
+  field = model.encoder == "unet" and not model.dinov2_model
+  cell = slot_update.CELLS[model.slot_update]
+  options = {"d_state": mamba.d_state} if model.slot_update == "ssm" else {}
+  cell = cell(gate_dim=mamba.key_dim, dtype=dtype, **options)
+  shared = dict(
+    num_iterations=model.num_iterations,
+    slot_dim=model.slot_dim,
+    cell=cell,
+    dtype=dtype,
+  )
+  probabilistic = mamba.use_gmm_prior and model.use_spectral_init
+  random_slots = None
+  if not model.use_spectral_init:
+    inits = {
+      "gaussian": slot_init.GaussianInit,
+      "learned": slot_init.LearnedInit,
+    }
+    random_slots = inits[model.slot_init](
+      num_slots=model.num_slots, slot_dim=model.slot_dim
+    )
+  return model_lib.SpectralDiffusion(
+    encoder=make_encoder(config),
+    attention=(
+      em_attention.EMSlotAttention(**shared)
+      if probabilistic
+      else slot_attention.SlotAttention(**shared)
+    ),
+    slot_dim=model.slot_dim,
+    key_dim=mamba.key_dim,
+    decoder=make_decoder(config),
+    prior=(
+      model_lib.LearnedPrior(key_dim=mamba.key_dim) if probabilistic else None
+    ),
+    random_slots=random_slots,
+    partition=make_partition(config) if model.use_spectral_init else None,
+    source="field" if field else "tokens" if model.dinov2_model else "colour",
+  )
+
+
+def make_training_free(
+  config: ConfigDict,
+) -> Callable[[Float[Array, "B H W 3"]], Array]:
+  """The untrained, colour-only segmentation: images -> labels [B H W] uint8."""
+
+  def labels(image):
+    masks, _ = partition.training_free(
+      image,
+      num_slots=config.model.num_slots,
+      grid=grid_of(config),
+      sigma=config.spectral.sigma,
+      tau=config.spectral.merge,
+    )
+    return jnp.argmax(masks, axis=0).astype(jnp.uint8)
+
+  return jax.vmap(labels)
+
+
+def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:
+  """The objective with the config's weights and composite options."""
+  return objective.make_loss_fn(
+    model,
+    weights=config.loss_weights.to_dict(),
+    sigma=config.spectral.sigma,
+    num_segments=config.model.num_slots - 1,
+    pastes=config.composite.pastes,
+    paste_rate=config.composite.rate,
+    grey_object=config.composite.grey_object,
+  )
+
+
+def abstract_state(config: ConfigDict) -> TrainState:
+  """Shapes of a run's state, on one device: what a reader restores into."""
+  side = config.model.image_size
+  optimizer = optim.make_optimizer(
+    optax.constant_schedule(0.0), weight_decay=0.0, grad_clip=1.0
+  )
+  create = functools.partial(
+    train_state.create, make_model(config), optimizer, seed=0
+  )
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
+    jax.eval_shape(create, image),
+  )

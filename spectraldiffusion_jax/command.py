@@ -1,0 +1,86 @@
+"""What every command in launch/ does around its main: flags, errors, codes."""
+
+import logging
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+from spectraldiffusion_jax.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Parses the flags, runs main and exits with its code.
+
+  A UserError and a flag that cannot be parsed are one line on stderr and exit
+  code 2, Ctrl-C is exit code 130; any other exception keeps its traceback, for
+  it is a defect of this program.
+
+  Args:
+    main: called with the arguments that are not flags, program name first;
+      returns the exit code, None for 0.
+  """
+
+  def guarded(argv: list[str]) -> int | None:
+    if flags.FLAGS.verbosity < 1:
+      # TFDS and Orbax tell every file they open through the first logger, JAX
+      # every backend that is not there through the second.
+      logging.getLogger("absl").setLevel(logging.WARNING)
+      logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+      return main(argv)
+    except UserError as error:
+      return _report(error)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      return INTERRUPTED
+
+  # Config files import each other as configs.NAME, wherever one stands.
+  sys.path.insert(0, str(pathlib.Path(sys.argv[0]).resolve().parent.parent))
+  app.run(guarded, flags_parser=_parse)
+
+
+def require(flag: flags.FlagHolder, name: str) -> Any:
+  """Returns the flag's value.
+
+  Raises:
+    UserError: the flag is not given or empty.
+  """
+  if flag.value is None or flag.value == "":
+    raise UserError(f"--{name} is required; --help lists the flags")
+  return flag.value
+
+
+def no_arguments(argv: list[str]) -> None:
+  """Raises a UserError if there are arguments besides the flags."""
+  if argv[1:]:
+    raise UserError(f"unexpected argument {argv[1]!r}; --help lists the flags")
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  # A config flag opens its file and sets fields here, and so fails in as many
+  # ways as those can.
+  except (
+    flags.Error,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+  ) as error:
+    sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+  """Prints the error as one line and returns its exit code."""
+  message = error.args[0] if isinstance(error, KeyError) else error
+  print("error:", " ".join(str(message).split()), file=sys.stderr)
+  return USER_ERROR

@@ -1,0 +1,97 @@
+"""Diffusion decoder: slots learn to denoise the latents of their image.
+
+Latents are patches of pixels or backbone tokens, turned by a fixed
+orthonormal map and whitened; the denoiser sees noised latents and slots.
+Masks need one evaluation and never the sampler.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from spectraldiffusion_jax.models import layers
+from spectraldiffusion_jax.ops import noise
+from spectraldiffusion_jax.types import Decoded, Features, Slots
+
+
+def whiten(x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+  """Zero mean and unit variance of each channel over the batch's tokens."""
+  mean = x.mean((0, 1), keepdims=True)
+  std = jnp.sqrt(((x - mean) ** 2).mean((0, 1), keepdims=True) + 1e-4)
+  return jax.lax.stop_gradient((x - mean) / std)
+
+
+def latents(
+  image: Float[Array, "B H W 3"],
+  features: Features,
+  *,
+  source: str,
+  latent_dim: int,
+) -> Float[Array, "B N C"]:
+  """What is denoised, unit variance a channel and no gradient.
+
+  `pixels` are the patch of each token, in an orthonormal cosine basis of at
+  most `latent_dim` channels; `tokens` are frozen backbone tokens in a fixed
+  orthonormal basis.
+  """
+  if source == "pixels":
+    stride = image.shape[1] // features.tokens.shape[1]
+    x = layers.space_to_depth(image, stride)
+  else:
+    x = features.tokens.astype(jnp.float32)
+  x = x.reshape(len(image), -1, x.shape[-1])
+  width = x.shape[-1]
+  if width > latent_dim:
+    basis = jax.random.orthogonal(jax.random.key(0), width)[:, :latent_dim]
+    x = x @ basis
+  return whiten(x)
+
+
+class DiffusionDecoder(nn.Module):
+  """Predicts v at a random one of T_d noise levels (Salimans & Ho 2022)."""
+
+  denoiser: nn.Module
+  source: str = "pixels"  # pixels | tokens
+  latent_dim: int = 256
+  num_timesteps: int = 50
+  num_tokens: int = 256  # tokens a step that are denoised; 0 = all of them
+
+  @nn.compact
+  def __call__(
+    self,
+    slots: Slots,
+    image: Float[Array, "B H W 3"],
+    features: Features,
+    *,
+    train: bool = False,
+  ) -> Decoded:
+    """Training: a noised prediction. Else: masks and x_0 from pure noise."""
+    x0 = latents(
+      image, features, source=self.source, latent_dim=self.latent_dim
+    )
+    b, n, _ = x0.shape
+    place = jnp.asarray(layers.position_grid(*features.tokens.shape[1:3]))
+    place = jnp.broadcast_to(place.reshape(1, n, 4), (b, n, 4))
+    if not train:
+      v, masks = self.denoiser(
+        jnp.zeros_like(x0), jnp.ones(b), slots.slots, slots.active, place
+      )
+      return Decoded(masks=masks, prediction=-v, target=x0, weight=jnp.ones(b))
+    pick, level, draw = jax.random.split(self.make_rng("noise"), 3)
+    if self.num_tokens and self.num_tokens < n:
+      some = jax.random.choice(pick, n, (self.num_tokens,), replace=False)
+      x0, place = x0[:, some], place[:, some]
+    t = jax.random.randint(level, (b,), 1, self.num_timesteps + 1)
+    t = t / self.num_timesteps
+    alpha, sigma = noise.cosine(t)
+    noised = noise.add_noise(
+      x0, jax.random.normal(draw, x0.shape), alpha, sigma
+    )
+    v, masks = self.denoiser(noised, t, slots.slots, slots.active, place)
+    return Decoded(
+      masks=masks,
+      prediction=noise.to_x0(v, noised, alpha, sigma),
+      target=x0,
+      weight=noise.loss_weight(alpha, sigma),
+    )

@@ -1,0 +1,187 @@
+"""SpectralDiffusion: the parts, wired.
+
+image -> encoder -> tokens (and an instance field)
+      -> spectral partition, or random slots
+      -> slot attention (probabilistic or dot-product)
+      -> decoder (diffusion of latents, or a mixture of pixels)
+      -> masks at image resolution
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from spectraldiffusion_jax.models import em_attention
+from spectraldiffusion_jax.ops import color, em, instance_field
+from spectraldiffusion_jax.types import Features, Mixtures, ModelOutput
+
+Partitioner = Callable[
+  [Float[Array, "B h w E"]], tuple[Float[Array, "B K N"], Bool[Array, "B K"]]
+]
+"""Features of a token grid -> soft assignment and active slots."""
+
+
+def pool_grid(
+  x: Float[Array, "B H W C"], grid: tuple[int, int]
+) -> Float[Array, "B h w C"]:
+  """Mean over the pixels of each token; H and W are multiples of the grid."""
+  b, height, width, c = x.shape
+  h, w = grid
+  return x.reshape(b, h, height // h, w, width // w, c).mean((2, 4))
+
+
+def assign_labels(
+  labels: Int[Array, "B H W"], grid: tuple[int, int], num_slots: int
+) -> tuple[Float[Array, "B K N"], Bool[Array, "B K"]]:
+  """Label maps -> share of each slot in each token; unlabelled = background."""
+  member = jax.nn.one_hot(jnp.maximum(labels, 0), num_slots)
+  share = pool_grid(member, grid)
+  share = share.reshape(share.shape[0], -1, num_slots).swapaxes(1, 2)
+  return share, share.sum(-1) > 0
+
+
+class LearnedPrior(nn.Module):
+  """One mixture of C Gaussians for the slots of all images (Kori et al.)."""
+
+  components: int = 64
+  key_dim: int = 64
+
+  @nn.compact
+  def __call__(self) -> Mixtures:
+    """Means, log-variances and logits of the components."""
+    shape = (self.components, self.key_dim)
+    return Mixtures(
+      mean=self.param("mean", nn.initializers.normal(1.0), shape),
+      variance=self.param("log_variance", nn.initializers.zeros, shape),
+      weight=self.param("logits", nn.initializers.zeros, shape[:1]),
+    )
+
+
+def graph_features(
+  image: Float[Array, "B H W 3"],
+  features: Features,
+  grid: tuple[int, int],
+  *,
+  source: str,
+) -> Float[Array, "B h w E"]:
+  """What the token graph compares: colour, tokens or the instance field.
+
+  `colour` is CIELAB / 100; `tokens` are centred and scaled to unit length;
+  `field` is (p, p * vote) with p the chance of being foreground, so that the
+  background is one point and each object another.
+  """
+  if source == "colour":
+    lab = jax.vmap(color.srgb_to_lab)(image)
+    return pool_grid(lab * jnp.array([0.7, 1.0, 1.0])[None, None, None], grid)
+  if source == "tokens":
+    x = features.tokens.astype(jnp.float32)
+    x = x - x.mean((1, 2), keepdims=True)
+    return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+  chance = jax.nn.sigmoid(features.field[..., :1])
+  vote = instance_field.votes(features.field)
+  return pool_grid(jnp.concatenate([chance, chance * vote], -1), grid)
+
+
+def upsample(
+  masks: Float[Array, "B K N"], grid: tuple[int, int], size: tuple[int, int]
+) -> Float[Array, "B K H W"]:
+  """Bilinear upsampling of token masks to pixels; still sums to 1 over K."""
+  b, k, _ = masks.shape
+  return jax.image.resize(masks.reshape(b, k, *grid), (b, k, *size), "linear")
+
+
+class SpectralDiffusion(nn.Module):
+  """The complete model; every part is a field, chosen in build.py."""
+
+  encoder: nn.Module  # image -> Features
+  attention: nn.Module  # EMSlotAttention with a prior, else SlotAttention
+  slot_dim: int  # D
+  key_dim: int  # E, of keys projected from tokens where there is no field
+  decoder: nn.Module | None = None  # mixture or diffusion decoder
+  prior: nn.Module | None = None  # LearnedPrior: slots are Gaussians over keys
+  random_slots: nn.Module | None = (
+    None  # random slots; None = the spectral partition
+  )
+  partition: Partitioner | None = None
+  source: str = "field"  # see graph_features
+  tau: float = 2.0  # temperature of the pixels' E-step
+
+  @nn.compact
+  def __call__(
+    self,
+    image: Float[Array, "B H W 3"],
+    labels: Int[Array, "B H W"] | None = None,
+    *,
+    label_slots: int = 0,
+    train: bool = False,
+  ) -> ModelOutput:
+    """Segments images.
+
+    Args:
+      image: RGB in [0, 1].
+      labels: id of the slot that each pixel starts in, in place of the
+        spectral partition (training on composites); negative is unknown.
+      label_slots: number of slots where labels are given.
+      train: whether the decoder draws noise and predicts a target.
+    """
+    features = self.encoder(image)
+    grid = features.tokens.shape[1:3]
+    tokens = features.tokens.reshape(len(image), -1, features.tokens.shape[-1])
+    affinity = graph_features(image, features, grid, source=self.source)
+    if self.random_slots is not None:
+      slots, mixture = self.attention(tokens, *self.random_slots(tokens)), None
+    else:
+      if labels is not None:
+        start = assign_labels(labels, grid, label_slots)
+      else:
+        start = self.partition(jax.lax.stop_gradient(affinity))
+      slots, mixture = self._bind(features, tokens, grid, *start)
+    decoded = None
+    if self.decoder is not None and (train or features.field is None):
+      decoded = self.decoder(slots, image, features, train=train)
+    return ModelOutput(
+      slots=slots,
+      masks=self._masks(image, features, slots, mixture, decoded),
+      decoded=decoded,
+      field=features.field,
+      mixture=mixture,
+      prior=None if self.prior is None else self.prior(),
+      affinity=affinity,
+    )
+
+  def _bind(self, features, tokens, grid, assignment, active):
+    """Slots, and their mixture where they are Gaussians."""
+    if self.prior is None:
+      pooled = jax.vmap(em.pool)(assignment, tokens)
+      slots = nn.Dense(self.slot_dim, name="to_slots")(
+        nn.LayerNorm(name="pool_norm")(pooled)
+      )
+      return self.attention(tokens, slots, active), None
+    if features.field is None:
+      keys = nn.Dense(self.key_dim, name="to_keys")(tokens)
+      keys, chance = nn.LayerNorm(name="key_norm")(keys), None
+    else:
+      pixels = instance_field.keys(features.field)
+      keys = pool_grid(pixels, grid).reshape(*tokens.shape[:2], -1)
+      chance = jax.nn.sigmoid(features.field[..., :1])
+      chance = pool_grid(chance, grid).reshape(tokens.shape[:2])
+    return self.attention(tokens, keys, assignment, active, foreground=chance)
+
+  def _masks(self, image, features, slots, mixture, decoded):
+    """Pixel masks: of the field's E-step, else the decoder's, else of slots."""
+    size, grid = image.shape[1:3], features.tokens.shape[1:3]
+    if mixture is not None and features.field is not None:
+      keys = instance_field.keys(features.field)
+      masks = em_attention.responsibilities(
+        keys.reshape(len(image), -1, keys.shape[-1]),
+        mixture,
+        slots.active,
+        jax.nn.sigmoid(features.field[..., 0]).reshape(len(image), -1),
+        tau=self.tau,
+      )
+      return masks.reshape(*masks.shape[:2], *size)
+    masks = slots.attention if decoded is None else decoded.masks
+    return masks if masks.ndim == 4 else upsample(masks, grid, size)

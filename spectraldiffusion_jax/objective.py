@@ -1,0 +1,159 @@
+"""What training minimises: composites in, weighted terms out.
+
+Where a batch carries label maps (made by the training-free step or by the
+model itself, never by people) it is turned into copy-paste composites, whose
+pasted masks are exact; the slots then start from those labels. Without label
+maps the decoder's error alone trains the slots.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from spectraldiffusion_jax import diagnostics, losses
+from spectraldiffusion_jax.ops import affinity, composite, instance_field
+from spectraldiffusion_jax.train_step import LossFn, Metrics
+from spectraldiffusion_jax.types import ModelOutput
+
+UNKNOWN = 255
+"""In label maps stored as bytes: a pixel about which nothing is known."""
+
+
+def decode_labels(labels: Int[Array, "B H W"]) -> Int[Array, "B H W"]:
+  """Stored label bytes -> int32, `UNKNOWN` -> `composite.IGNORE`."""
+  labels = labels.astype(jnp.int32)
+  return jnp.where(labels == UNKNOWN, composite.IGNORE, labels)
+
+
+def model_terms(output: ModelOutput, *, sigma: float) -> Metrics:
+  """Every loss that the output has the makings of, unweighted.
+
+  Args:
+    output: of the model.
+    sigma: affinity scale of the graph of `output.affinity`.
+  """
+  terms = {}
+  if (decoded := output.decoded) is not None:
+    name = "reconstruction" if decoded.prediction.ndim == 4 else "diffusion"
+    terms[name] = losses.diffusion(
+      decoded.prediction, decoded.target, decoded.weight
+    )
+  weight = output.slots.attention.mean(-1)
+  if output.mixture is not None and output.prior is not None:
+    weight = output.mixture.weight
+    terms["gmm_prior"] = losses.gmm_prior(
+      output.mixture.mean,
+      output.mixture.variance,
+      weight,
+      prior_mean=output.prior.mean,
+      prior_log_variance=output.prior.variance,
+      prior_logits=output.prior.weight,
+    )
+  if output.affinity is not None:
+    graph = jax.vmap(lambda f: affinity.stencil_graph(f, sigma=sigma))(
+      jax.lax.stop_gradient(output.affinity)
+    )
+    terms["spectral_consistency"] = losses.spectral_consistency(
+      output.slots.attention, graph
+    )
+  terms["diversity"] = losses.diversity(
+    output.slots.slots, weight, output.slots.active
+  )
+  return terms
+
+
+def field_terms(
+  field: Float[Array, "B H W D"],
+  labels: Int[Array, "B H W"],
+  exact: Float[Array, "B H W"],
+  *,
+  num_objects: int,
+  distrust: Array,
+) -> Metrics:
+  """Losses of the instance field against the labels of composites.
+
+  Args:
+    field: of the encoder.
+    labels: of the composites.
+    exact: 1 where a label is exact because its piece was pasted.
+    num_objects: largest id in `labels`.
+    distrust: 1 once labels that the field contradicts strongly are ignored.
+  """
+  target = instance_field.targets(labels, num_objects=num_objects)
+  doubt = instance_field.contradicted(field[..., 0], target, exact)
+  weight = target.weight * (1 - distrust * doubt)
+  return instance_field.losses(field, target, weight)
+
+
+def make_loss_fn(
+  model: nn.Module,
+  *,
+  weights: Mapping[str, float],
+  sigma: float,
+  num_segments: int,
+  pastes: int,
+  paste_rate: float,
+  grey_object: float,
+) -> LossFn:
+  """The loss (params, batch, rngs) -> scalar, metrics.
+
+  Args:
+    model: maps (image, labels) to a ModelOutput.
+    weights: weight of each term; one that the model does not produce is left
+      out, one of weight 0 is logged only.
+    sigma: see `model_terms`.
+    num_segments: largest id of the label maps.
+    pastes: most pieces pasted into one image.
+    paste_rate: share of images that are pasted into.
+    grey_object: chance that a segment turns grey on its own.
+  """
+  largest = num_segments + pastes
+
+  def composites(batch: dict, key: Array):
+    paste, tint = jax.random.split(key)
+    made = composite.compose(
+      paste,
+      batch["image"],
+      decode_labels(batch["labels"]),
+      num=num_segments,
+      pastes=pastes,
+      rate=paste_rate,
+    )
+    image = composite.recolour(
+      tint, made.images, made.labels, num=largest, grey_object=grey_object
+    )
+    return image, made.labels, made.exact
+
+  def loss_fn(params: dict, batch: dict, rngs: dict) -> tuple[Array, Metrics]:
+    image, labels, exact = batch["image"], None, None
+    if "labels" in batch:
+      image, labels, exact = composites(batch, rngs["composite"])
+    output = model.apply(
+      {"params": params},
+      image,
+      labels,
+      label_slots=largest + 1,
+      train=True,
+      rngs=rngs,
+    )
+    terms = model_terms(output, sigma=sigma)
+    if output.field is not None and labels is not None:
+      fields = field_terms(
+        output.field,
+        labels,
+        exact,
+        num_objects=largest,
+        distrust=batch["distrust"][:1].mean(),
+      )
+      terms = losses.merge(terms, fields)
+    total, terms = losses.total(terms, {n: weights[n] for n in terms})
+    slots = output.slots
+    health = diagnostics.binding_diagnostics(
+      slots.slots, slots.attention, slots.active
+    )
+    return total, {f"{n}_loss": t for n, t in terms.items()} | health
+
+  return loss_fn

@@ -1,0 +1,226 @@
+"""Leading eigenvectors of a normalised graph by block iteration.
+
+A_s = D^-1/2 W D^-1/2 has its spectrum in [-1, 1] and the known leading
+eigenvector sqrt(d), which is deflated exactly. The wanted end is the top of
+A_s (the bottom of the Laplacian I - A_s).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spectraldiffusion_jax.ops.graph import Graph
+
+Matvec: TypeAlias = Callable[[Array], Array]
+_EXACT = "highest"
+
+
+class Eigenpairs(NamedTuple):
+  """Approximate leading eigenpairs, largest eigenvalue first."""
+
+  value: Float[Array, " R"]
+  vector: Float[Array, "N R"]
+
+
+def normalised_operator(
+  graph: Graph, *, self_loop: float = 1e-4
+) -> tuple[Matvec, Float[Array, " N"]]:
+  """Builds x -> D^-1/2 (W + eI) D^-1/2 x and its leading eigenvector.
+
+  Args:
+    graph: Any of the stores in `ops.affinity`.
+    self_loop: Weight e of each token to itself: a token without neighbours
+      keeps a finite degree, and sqrt(d) stays an exact eigenvector.
+
+  Returns:
+    The operator on blocks [N R], and sqrt(d)/|sqrt(d)|, whose eigenvalue is 1.
+  """
+  degree = graph.degree() + self_loop
+  scale = jax.lax.rsqrt(degree)[:, None]
+
+  def matvec(x: Array) -> Array:
+    x = x * scale
+    return (graph.matvec(x) + self_loop * x) * scale
+
+  lead = jnp.sqrt(degree)
+  return matvec, lead / jnp.linalg.norm(lead)
+
+
+def deflate(
+  x: Float[Array, "N R"], lead: Float[Array, " N"]
+) -> Float[Array, "N R"]:
+  """Projects out a known unit eigenvector: (I - u u^T) x."""
+  inner = jnp.einsum("N,NR->R", lead, x, precision=_EXACT)
+  return x - lead[:, None] * inner[None, :]
+
+
+def gaussian_block(size: int, columns: int, *, seed: int = 0) -> np.ndarray:
+  """Fixed Gaussian start block [N columns]: slots stay deterministic."""
+  random = np.random.RandomState(seed)
+  return random.standard_normal((size, columns)).astype(np.float32)
+
+
+def orthonormalise(block: Float[Array, "N R"]) -> Float[Array, "N R"]:
+  """Orthonormal basis of the columns (Householder QR)."""
+  return jnp.linalg.qr(block)[0]
+
+
+def block_power(
+  matvec: Matvec,
+  block: Float[Array, "N R"],
+  *,
+  steps: int,
+  shift: float = 0.0,
+) -> Float[Array, "N R"]:
+  """Block power iteration Q <- qr(M Q), M = (A + shift I) / (1 + shift).
+
+  sin angle(u_i, span Q_t) <= tan(theta_0) (m_{p+1}/m_i)^t. Use shift 1 where
+  A may have eigenvalues near -1, and 0 where A is positive semi-definite:
+  the shift halves the gap.
+  """
+
+  def step(_, q):
+    return orthonormalise((matvec(q) + shift * q) / (1 + shift))
+
+  return jax.lax.fori_loop(0, steps, step, orthonormalise(block))
+
+
+def chebyshev_filter(
+  matvec: Matvec,
+  block: Float[Array, "N R"],
+  *,
+  degree: int,
+  low: float | Float[Array, ""],
+  high: float | Float[Array, ""],
+) -> Float[Array, "N R"]:
+  """Applies T_degree((A - c)/r): at most 1 on [low, high], large above.
+
+  c = (low + high)/2 and r = (high - low)/2; a wanted eigenvalue x = (l - c)/r
+  gains cosh(degree arccosh x). Keep degree <= 16 between two QRs in float32.
+
+  Source: Saad, Numerical Methods for Large Eigenvalue Problems, section 7.4.
+  """
+  centre, radius = (low + high) / 2, (high - low) / 2
+
+  def scaled(x):
+    return (matvec(x) - centre * x) / radius
+
+  def step(_, pair):
+    before, now = pair
+    return now, 2 * scaled(now) - before
+
+  pair = (block, scaled(block))
+  return jax.lax.fori_loop(1, degree, step, pair)[1]
+
+
+def rayleigh_ritz(matvec: Matvec, basis: Float[Array, "N R"]) -> Eigenpairs:
+  """Best eigenpairs of A inside the span of an orthonormal basis."""
+  small = jnp.einsum("NP,NQ->PQ", basis, matvec(basis), precision=_EXACT)
+  value, rotation = jnp.linalg.eigh((small + small.T) / 2)
+  vector = jnp.matmul(basis, rotation[:, ::-1], precision=_EXACT)
+  return Eigenpairs(value[::-1], vector)
+
+
+def residuals(matvec: Matvec, pairs: Eigenpairs) -> Float[Array, " R"]:
+  """Norms |A u_i - l_i u_i|: each bounds the error of its eigenvalue."""
+  gap = matvec(pairs.vector) - pairs.vector * pairs.value[None, :]
+  return jnp.linalg.norm(gap, axis=0)
+
+
+def leading_eigenpairs(
+  matvec: Matvec,
+  lead: Float[Array, " N"],
+  *,
+  count: int,
+  oversample: int = 4,
+  rounds: int = 4,
+  degree: int = 8,
+  low: float = -1.0,
+  seed: int = 0,
+) -> Eigenpairs:
+  """Leading eigenpairs of a normalised operator, the first one exact.
+
+  Chebyshev-filtered block iteration orthogonal to `lead`; each round damps
+  [low, smallest Ritz value of the block], so `degree * rounds` products act
+  like many times as many plain power steps.
+
+  Args:
+    matvec: Symmetric operator on blocks, spectrum in [-1, 1].
+    lead: Its unit eigenvector of eigenvalue 1.
+    count: Number of pairs wanted, `lead` among them.
+    oversample: Extra columns of the block; without them convergence hangs on
+      the gap right behind the last wanted pair.
+    rounds: Filters, each followed by QR and Rayleigh-Ritz.
+    degree: Operator products per filter, at most 16.
+    low: Lower end of the spectrum: -1, or 0 if positive semi-definite.
+    seed: Of the start block.
+
+  Returns:
+    `count` pairs; beyond the number of tokens the vectors are zero and the
+    last value repeats.
+  """
+  size = lead.shape[0]
+  columns = min(count + oversample, size) - 1
+  pairs = Eigenpairs(jnp.ones(1, lead.dtype), lead[:, None])
+  if columns > 0:
+    found = _filtered_iteration(
+      matvec,
+      lead,
+      jnp.asarray(gaussian_block(size, columns, seed=seed)),
+      rounds=rounds,
+      degree=degree,
+      low=low,
+    )
+    pairs = jax.tree.map(
+      lambda a, b: jnp.concatenate([a, b], axis=-1), pairs, found
+    )
+  spare = max(count - columns - 1, 0)
+  return Eigenpairs(
+    jnp.pad(pairs.value, (0, spare), mode="edge")[:count],
+    jnp.pad(pairs.vector, ((0, 0), (0, spare)))[:, :count],
+  )
+
+
+def _filtered_iteration(matvec, lead, block, *, rounds, degree, low):
+  """Runs the rounds of `leading_eigenpairs` on the complement of lead."""
+
+  def operator(x):
+    # Not only at the start: the filter would blow round-off along lead up.
+    return deflate(matvec(x), lead)
+
+  def step(_, pairs):
+    # A block that already holds every direction leaves nothing to damp.
+    high = jnp.maximum(pairs.value[-1], low + 0.05)
+    block = chebyshev_filter(
+      operator, pairs.vector, degree=degree, low=low, high=high
+    )
+    return rayleigh_ritz(operator, orthonormalise(deflate(block, lead)))
+
+  start = rayleigh_ritz(operator, orthonormalise(deflate(block, lead)))
+  return jax.lax.fori_loop(0, rounds, step, start)
+
+
+def eigengap_count(
+  value: Float[Array, " R"], *, low: int = 2
+) -> Int[Array, ""]:
+  """Number of clusters k in low..R-1 with the largest gap l_k - l_{k+1}.
+
+  The last value only closes the last gap, so pass one more than the largest
+  count wanted.
+
+  Source: von Luxburg, A Tutorial on Spectral Clustering (2007), section 8.3.
+  """
+  gap = value[:-1] - value[1:]
+  allowed = jnp.arange(1, gap.shape[0] + 1) >= low
+  return jnp.argmax(jnp.where(allowed, gap, -jnp.inf)) + 1
+
+
+def count_above(
+  value: Float[Array, " R"], *, threshold: float
+) -> Int[Array, ""]:
+  """Number of eigenvalues above a threshold, at least 1."""
+  return jnp.maximum(jnp.sum(value > threshold), 1)

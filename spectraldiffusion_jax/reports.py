@@ -1,0 +1,111 @@
+"""Evaluation of a finished run: table, JSON report, paired comparison."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from spectraldiffusion_jax import build, evaluate, segmenter, sharding
+from spectraldiffusion_jax.data import pipeline
+from spectraldiffusion_jax.version import __version__
+
+COMPARED = ("fg_ari", "ari", "mbo")
+
+
+def paired(
+  ours: evaluate.Evaluation, other: evaluate.Evaluation
+) -> dict[str, float]:
+  """Mean difference and its standard error, image by image."""
+  out = {}
+  for name in COMPARED:
+    a, b = getattr(ours.scores, name), getattr(other.scores, name)
+    gain = (a - b)[ours.scores.mask]
+    gain = gain[np.isfinite(gain)]
+    out[f"{name}_gain"] = float(gain.mean())
+    out[f"{name}_gain_se"] = float(gain.std(ddof=1) / len(gain) ** 0.5)
+  return out
+
+
+def evaluate_run(
+  workdir: str,
+  split: str,
+  *,
+  dataset: str,
+  data_root: str,
+  batch_size: int,
+  output: pathlib.Path,
+) -> dict[str, float]:
+  """Scores a run and the training-free step on the same images.
+
+  Args:
+    workdir: see `segmenter.load`.
+    split: TFDS split.
+    dataset: data set, "" for the run's own.
+    data_root: folder of data sets, "" for the run's own.
+    batch_size: images a step, 0 for the run's own.
+    output: folder of DATASET_SPLIT.json.
+
+  Returns:
+    What is written.
+
+  Raises:
+    UserError: run, data set or split do not exist.
+  """
+  model = segmenter.load(workdir)
+  config, data = model.config, model.config.data
+  dataset = dataset or data.dataset
+  mesh = sharding.make_mesh(data=-1)
+  rows = sharding.batch_rows(mesh)
+  size = batch_size or config.training.batch_size
+  batches = pipeline.make_eval(
+    dataset=dataset,
+    split=split,
+    data_root=data_root or data.data_root,
+    image_size=config.model.image_size,
+    crop=crop_for(dataset, data),
+    max_objects=data.max_objects or None,
+    batch_size=-(-size // rows) * rows,
+    num_threads=data.num_threads,
+    cache=True,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
+  place = functools.partial(
+    jax.jit, out_shardings=sharding.batch_sharding(mesh)
+  )
+  params = jax.device_put(model.params, sharding.replicated(mesh))
+  trained = run(functools.partial(place(model.labels), params))
+  free = run(place(build.make_training_free(config)))
+  print(
+    evaluate.table({"model": trained.summary, "training-free": free.summary})
+  )
+  report = {
+    **trained.summary,
+    **paired(trained, free),
+    **{f"{k}_training_free": free.summary[k] for k in COMPARED},
+    "dataset": dataset,
+    "split": split,
+    "workdir": workdir,
+    "seconds": round(trained.seconds, 3),
+    "version": __version__,
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+  }
+  if jax.process_index() == 0:
+    path = output / evaluate.report_name(dataset, split)
+    evaluate.write_report(path, report)
+    print(f"written to {path}")
+  return json.loads(json.dumps(report))
+
+
+def crop_for(dataset: str, data) -> tuple[int, int, int, int] | None:
+  """The run's crop on its own data set; another one is used whole.
+
+  CLEVR with masks always has the field's crop: rows 29:221, columns 64:256.
+  """
+  if dataset == data.dataset:
+    return tuple(data.crop) or None
+  return (29, 221, 64, 256) if dataset == "clevr_with_masks" else None

@@ -1,0 +1,242 @@
+"""The parts of a run, assembled once from its config."""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from spectraldiffusion_jax import (
+  build,
+  evaluate,
+  optim,
+  rounds,
+  sharding,
+  train_state,
+  train_step,
+  visualise,
+)
+from spectraldiffusion_jax.data import pipeline
+from spectraldiffusion_jax.evaluate import Segment
+from spectraldiffusion_jax.train_state import TrainState
+from spectraldiffusion_jax.types import Batch
+
+
+class Run:
+  """Model, optimiser, jitted steps and data of one validated config.
+
+  Nothing here changes after construction: state goes in and comes out.
+  """
+
+  def __init__(self, config: ConfigDict):
+    self.config = config
+    training = config.training
+    self.mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(
+      training.batch_size, training.gradient_accumulation, self.mesh
+    )
+    self.model = build.make_model(config)
+    self.num_examples = pipeline.num_examples(
+      **self._data(config.data.train_split)
+    )
+    self.length = optim.run_length(
+      num_examples=self.num_examples,
+      batch_size=training.batch_size,
+      num_epochs=training.num_epochs,
+      num_steps=training.num_steps,
+      warmup_epochs=training.warmup_epochs,
+      val_interval=config.logging.val_interval,
+    )
+    self._schedule = optim.make_schedule(
+      learning_rate=training.learning_rate, length=self.length
+    )
+    self._optimizer = optim.make_optimizer(
+      self._schedule,
+      weight_decay=training.weight_decay,
+      grad_clip=training.grad_clip,
+    )
+    self._compile()
+
+  def _compile(self) -> None:
+    """Abstract, sharded state and the jitted steps."""
+    size = self.config.model.image_size
+    rows = sharding.batch_rows(self.mesh)
+    image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)
+    create = functools.partial(
+      train_state.create, self.model, self._optimizer, seed=self.config.seed
+    )
+    shapes = jax.eval_shape(create, image)
+    state_sharding = sharding.state_sharding(shapes, self.mesh)
+    batch_sharding = sharding.batch_sharding(self.mesh)
+    self.abstract_state = jax.tree.map(
+      lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+      shapes,
+      state_sharding,
+    )
+    self.init_state = jax.jit(
+      lambda: create(jnp.zeros(image.shape)), out_shardings=state_sharding
+    )
+    step = train_step.make_train_step(
+      build.make_loss_fn(self.config, self.model),
+      self._optimizer,
+      schedule=self._schedule,
+      seed=self.config.seed,
+      accumulation=self.config.training.gradient_accumulation,
+    )
+    self.train_step = jax.jit(
+      step,
+      in_shardings=(state_sharding, batch_sharding),
+      out_shardings=(state_sharding, sharding.replicated(self.mesh)),
+      donate_argnums=0,
+    )
+    eval_step = train_step.make_eval_step(self.model)
+    self.eval_step = jax.jit(
+      eval_step, in_shardings=(state_sharding.params, batch_sharding)
+    )
+    self._labels = jax.jit(
+      lambda params, image: evaluate.labels_of(eval_step(params, image)),
+      in_shardings=(state_sharding.params, batch_sharding),
+      out_shardings=batch_sharding,
+    )
+    self.training_free: Segment = jax.jit(
+      build.make_training_free(self.config),
+      in_shardings=batch_sharding,
+      out_shardings=batch_sharding,
+    )
+
+  def segmenter(self, params: dict) -> Segment:
+    """Image [B H W 3] -> labels [B H W] uint8 with these parameters."""
+    return functools.partial(self._labels, params)
+
+  def _data(self, split: str) -> dict:
+    """The fields of the config that choose examples."""
+    data = self.config.data
+    return dict(
+      dataset=data.dataset,
+      split=split,
+      data_root=data.data_root,
+      max_objects=data.max_objects or None,
+    )
+
+  def _shape(self) -> dict:
+    """The fields of the config that shape batches."""
+    config = self.config
+    return dict(
+      image_size=config.model.image_size,
+      crop=tuple(config.data.crop) or None,
+      num_threads=config.data.num_threads,
+      cache=config.data.cache,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def train_batches(
+    self, *, start: int, labels: np.ndarray | None
+  ) -> Iterator[Batch]:
+    """Endless batches from batch number `start` on."""
+    config = self.config
+    return pipeline.make_train(
+      **self._data(config.data.train_split),
+      **self._shape(),
+      augment=dict(config.augment) if config.data.augmentation else None,
+      batch_size=config.training.batch_size,
+      seed=config.seed,
+      num_workers=config.data.num_workers,
+      labels=labels,
+      first_batch=start,
+    )
+
+  def eval_batches(self, split: str) -> pipeline.EvalBatches:
+    """Every example of a split once, in order, the last batch padded."""
+    rows = sharding.batch_rows(self.mesh)
+    size = max(rows, self.config.training.batch_size // rows * rows)
+    return pipeline.make_eval(
+      **self._data(split), **self._shape(), batch_size=size
+    )
+
+  @functools.cached_property
+  def val_batches(self) -> pipeline.EvalBatches:
+    """The validation split; decoded images stay in memory if data.cache."""
+    return self.eval_batches(self.config.data.val_split)
+
+  def validate(self, state: TrainState) -> dict[str, float]:
+    """Scores on the validation split under the names `val/...`."""
+    done = evaluate.evaluate(
+      self.segmenter(state.params), self.val_batches, mesh=self.mesh
+    )
+    return {
+      f"val/{name}": done.summary[name]
+      for name in ("ari", "fg_ari", "mbo", "miou")
+    }
+
+  def begins_round(self, step: int) -> bool:
+    """Whether a later self-training round starts with training step `step`."""
+    count = self.config.composite.rounds
+    return step > 0 and step in rounds.starts(self.length.num_steps, count)
+
+  def place(self, batch: Batch, step: int) -> dict[str, jax.Array]:
+    """Puts on the devices what the training step reads of a batch."""
+    used = {k: batch[k] for k in ("image", "labels", "index") if k in batch}
+    if "labels" in used:
+      trusted = self.config.composite.trust * self.length.num_steps
+      trusted /= self.config.composite.rounds
+      used["distrust"] = np.full(
+        len(batch["index"]), step >= trusted, np.float32
+      )
+    return sharding.shard_batch(used, self.mesh)
+
+  def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
+    """Panels of the first validation images and the PCA of their slots."""
+    batch = next(iter(self.val_batches))
+    image = sharding.shard_batch({"image": batch["image"]}, self.mesh)["image"]
+    output = self.eval_step(state.params, image)
+    masks, attention, slots, active = map(
+      sharding.local_rows,
+      (
+        output.masks,
+        output.slots.attention,
+        output.slots.slots,
+        output.slots.active,
+      ),
+    )
+    grid = build.grid_of(self.config)
+    panels = visualise.panels(
+      batch["image"],
+      masks.argmax(1),
+      truth=batch.get("segmentation"),
+      attention=attention.reshape(*attention.shape[:2], *grid),
+    )
+    return {
+      "panels": panels,
+      "slot_pca": visualise.slot_pca(slots, active),
+    }
+
+  def round_labels(
+    self, state: TrainState, folder: pathlib.Path, step: int
+  ) -> np.ndarray | None:
+    """The label maps that training step `step` learns from, made if need be.
+
+    Round 0 has those of the training-free step, a later round those of the
+    model at the round's first step.
+    """
+    config = self.config
+    if not config.composite.rounds:
+      return None
+    first = rounds.first_step(
+      step, self.length.num_steps, config.composite.rounds
+    )
+    labels = rounds.load(folder, first)
+    if labels is None:
+      rounds.check_state(first, int(state.step), folder)
+      segment = self.segmenter(state.params) if first else self.training_free
+      labels = rounds.label_images(
+        segment,
+        self.eval_batches(config.data.train_split),
+        num_examples=self.num_examples,
+        mesh=self.mesh,
+      )
+      rounds.save(folder, first, labels)
+    return labels
