@@ -48,6 +48,7 @@ setup(
     "scipy>=1.15",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
+    "tqdm>=4.66",
   ],
   extras_require={
     "test": TEST,

@@ -30,6 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
   model.slot_update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
   model.decoder = "broadcast"  # broadcast | patch_mlp | none, without diffusion
   model.decoder_width = 32  # channels of the mixture decoder [here]
+  model.stickiness = 0.05  # Lab / 100, of outlines moved to colour edges [here]
   model.compute_dtype = "float32"  # float32 | bfloat16, of large products
 
   c.spectral = spectral = ConfigDict()
@@ -39,19 +40,22 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
   spectral.use_power_iteration = True  # False: dense eigh [guide]
   spectral.sigma = 0.06  # affinity scale, Lab / 100 units, mode graph [here]
+  spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
+  spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]
   spectral.merge = 0.08  # smallest boundary contrast kept, Lab / 100 [here]
 
   c.mamba_slot = mamba = ConfigDict()
   mamba.d_state = 64  # S, SSM state width a head [guide]
   mamba.use_gmm_prior = True  # identifiable slots: MAP-EM + prior [guide]
   mamba.use_spatial_fusion = True  # token scan + dilated fusion [guide]
-  mamba.key_dim = 6  # E, width of the space in which slots compete [here]
+  mamba.key_dim = 2  # E, width of the space in which slots compete [here]
 
   c.diffusion = diffusion = ConfigDict()
   diffusion.latent_dim = 256  # channels that are denoised [guide]
   diffusion.num_timesteps = 50  # training noise levels [guide]
   diffusion.num_inference_steps = 10  # sampler steps, never for masks [guide]
-  diffusion.width = 256  # hidden width of the denoiser [here]
+  diffusion.width = 64  # hidden width of the denoiser [here]
+  diffusion.num_tokens = 64  # tokens of an image denoised a step; 0 = all
   diffusion.denoiser = "compositional"  # compositional | cross_attention
 
   c.loss_weights = weights = ConfigDict()
@@ -62,7 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
   weights.diversity = 0.0  # hinge on slot cosine, against collapse [guide]
   weights.foreground = 1.0  # log loss of foreground on composites [here]
   weights.vote = 0.25  # error of votes for the object's centre [here]
-  weights.slot = 0.0  # -log posterior of the own slot, an E-step [here]
+  weights.slot = 0.05  # -log posterior of the own slot, an E-step [here]
 
   c.composite = composite = ConfigDict()
   composite.rounds = 3  # self-training rounds on composites; 0 = none [here]
@@ -76,7 +80,7 @@ def get_config(variant: str = "") -> ConfigDict:
   training.num_epochs = 100  # passes over the training split [guide]
   training.num_steps = 0  # optimiser steps; 0 = from num_epochs [here]
   training.learning_rate = 4e-4  # peak, AdamW [guide]
-  training.warmup_epochs = 5.0  # linear warm-up, then cosine to 0 [guide]
+  training.warmup_epochs = 5.0  # linear, then cosine; each round anew [guide]
   training.weight_decay = 0.01  # AdamW, matrices and kernels only [guide]
   training.grad_clip = 1.0  # global norm of the gradient [guide]
   training.gradient_accumulation = 1  # micro-batches a step [guide]
@@ -87,6 +91,8 @@ def get_config(variant: str = "") -> ConfigDict:
   data.data_root = "data"  # folder of prepared data sets [guide]
   data.train_split = "train[:90%]"  # TFDS split algebra [here]
   data.val_split = "train[90%:]"  # scored every val_interval epochs [here]
+  data.extra_dataset = ""  # rendered set whose exact masks join in; "" = none
+  data.extra_share = 0.3  # of the rows of a batch, if there is one [here]
   data.num_workers = 0  # grain worker processes; 0 = threads only [guide]
   data.num_threads = 8  # grain reader threads [here]
   data.cache = True  # keep decoded training images in memory [here]

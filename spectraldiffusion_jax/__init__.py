@@ -1,9 +1,9 @@
 """Unsupervised object and panoptic segmentation in JAX.
 
-  import spectraldiffusion_jax as sd
-  model = sd.load("runs/c")            # or "pretrained:clevr"
-  for found in model.segment(images):  # PIL images or arrays of any size
-    found.labels                       # [H W] int32, 0 = background
+import spectraldiffusion_jax as sd
+model = sd.load("runs/c")            # or "pretrained:clevr"
+for found in model.segment(images):  # PIL images or arrays of any size
+  found.labels                       # [H W] int32, 0 = background
 """
 
 from spectraldiffusion_jax.version import __version__

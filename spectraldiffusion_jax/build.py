@@ -27,7 +27,12 @@ from spectraldiffusion_jax.models import (
 from spectraldiffusion_jax.models import (
   model as model_lib,
 )
-from spectraldiffusion_jax.ops import partition
+from spectraldiffusion_jax.ops import (
+  affinity,
+  partition,
+  pseudo_labels,
+  vote_partition,
+)
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.train_step import LossFn
 
@@ -71,6 +76,7 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
       source="tokens" if model.dinov2_model else "pixels",
       latent_dim=config.diffusion.latent_dim,
       num_timesteps=config.diffusion.num_timesteps,
+      num_tokens=config.diffusion.num_tokens,
     )
   if model.decoder == "none":
     return None
@@ -81,15 +87,37 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
   return decoder.SpatialBroadcastDecoder(width=model.decoder_width, dtype=dtype)
 
 
+def has_field(config: ConfigDict) -> bool:
+  """Whether the encoder gives every pixel a vote and a foreground logit."""
+  return config.model.encoder == "unet" and not config.model.dinov2_model
+
+
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:
   """The batched spectral step: features -> assignment [B K N], active."""
-  spectral = config.spectral
-  one = functools.partial(
-    partition.spectral_partition,
-    num_slots=config.model.num_slots,
-    sigma=spectral.sigma,
-    tau=spectral.merge,
-  )
+  spectral, slots = config.spectral, config.model.num_slots
+  if has_field(config):
+    one = functools.partial(
+      vote_partition.vote_partition,
+      num_slots=slots,
+      sigma=spectral.vote_sigma,
+      threshold=spectral.count_threshold,
+    )
+  else:
+    options = {
+      "graph": dict(sigma=spectral.sigma, tau=spectral.merge),
+      "fused": dict(scales=spectral.scales, knn_k=spectral.knn_k),
+      "per_scale": dict(
+        scales=spectral.scales,
+        knn_k=spectral.knn_k,
+        k_per_scale=spectral.k_per_scale,
+      ),
+    }
+    one = functools.partial(
+      partition.spectral_partition,
+      num_slots=slots,
+      mode=spectral.mode,
+      **options[spectral.mode],
+    )
 
   def run(features: Float[Array, "B h w E"]):
     found = jax.vmap(one)(features)
@@ -98,11 +126,19 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
   return run
 
 
+def make_graph(config: ConfigDict) -> objective.GraphFn:
+  """The graph in which the consistency loss counts modularity."""
+  if has_field(config):
+    return functools.partial(
+      vote_partition.vote_graph, sigma=config.spectral.vote_sigma
+    )
+  return functools.partial(affinity.stencil_graph, sigma=config.spectral.sigma)
+
+
 def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
   """The complete model of a validated config."""
   model, mamba = config.model, config.mamba_slot
   dtype = DTYPES[model.compute_dtype]
-  field = model.encoder == "unet" and not model.dinov2_model
   cell = slot_update.CELLS[model.slot_update]
   options = {"d_state": mamba.d_state} if model.slot_update == "ssm" else {}
   cell = cell(gate_dim=mamba.key_dim, dtype=dtype, **options)
@@ -125,7 +161,9 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
   return model_lib.SpectralDiffusion(
     encoder=make_encoder(config),
     attention=(
-      em_attention.EMSlotAttention(**shared)
+      em_attention.EMSlotAttention(
+        spread=4.0 if has_field(config) else 0.0, **shared
+      )
       if probabilistic
       else slot_attention.SlotAttention(**shared)
     ),
@@ -137,8 +175,43 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     ),
     random_slots=random_slots,
     partition=make_partition(config) if model.use_spectral_init else None,
-    source="field" if field else "tokens" if model.dinov2_model else "colour",
+    source="field"
+    if has_field(config)
+    else "tokens"
+    if model.dinov2_model
+    else "colour",
   )
+
+
+def make_teacher(
+  config: ConfigDict, segment: Callable | None
+) -> Callable[..., Array]:
+  """Label maps to train on: (params, image) -> [B H W] uint8.
+
+  Args:
+    config: of the run.
+    segment: (params, image) -> ModelOutput of the model as it stands, or None
+      for the training-free step.
+  """
+  clean = functools.partial(
+    pseudo_labels.pseudo_labels, num=config.model.num_slots - 1
+  )
+  free = make_training_free(config)
+
+  def labels(params, image):
+    if segment is None:
+      found, chance = free(image).astype(jnp.int32), None
+      kept = jax.vmap(clean)(found)
+    else:
+      output = segment(params, image)
+      found = jnp.argmax(output.masks, axis=1).astype(jnp.int32)
+      chance = None
+      if output.field is not None:
+        chance = jax.nn.sigmoid(output.field[..., 0])
+      kept = jax.vmap(lambda y, c: clean(y, chance=c))(found, chance)
+    return pseudo_labels.encode(kept)
+
+  return labels
 
 
 def make_training_free(
@@ -164,7 +237,7 @@ def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:
   return objective.make_loss_fn(
     model,
     weights=config.loss_weights.to_dict(),
-    sigma=config.spectral.sigma,
+    graph_fn=make_graph(config),
     num_segments=config.model.num_slots - 1,
     pastes=config.composite.pastes,
     paste_rate=config.composite.rate,

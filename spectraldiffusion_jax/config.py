@@ -46,6 +46,7 @@ POSITIVE = (
   "spectral.k_per_scale",
   "spectral.knn_k",
   "spectral.sigma",
+  "spectral.vote_sigma",
   "mamba_slot.d_state",
   "mamba_slot.key_dim",
   "diffusion.latent_dim",
@@ -64,6 +65,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
   "seed",
   "model.backbone_size",
+  "diffusion.num_tokens",
   "spectral.merge",
   "training.num_epochs",
   "training.num_steps",

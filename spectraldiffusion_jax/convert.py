@@ -258,10 +258,16 @@ def _download(repo: str) -> pathlib.Path:
       f"no file {repo} here, and no huggingface_hub to fetch it (pip install "
       f"'spectraldiffusion_jax[convert]'); {manual}"
     ) from None
+  file = "model.safetensors"
   try:
-    return pathlib.Path(
-      huggingface_hub.hf_hub_download(repo, "model.safetensors")
-    )
+    path = huggingface_hub.try_to_load_from_cache(repo, file)
+    if not isinstance(path, str):
+      # Fails at once where there is no network; the download would retry.
+      huggingface_hub.get_hf_file_metadata(
+        huggingface_hub.hf_hub_url(repo, file)
+      )
+      path = huggingface_hub.hf_hub_download(repo, file)
+    return pathlib.Path(path)
   except Exception as error:  # its own types, httpx's and OSError alike
     reason = str(error).strip().split("\n")[0][:100]
     raise UserError(

@@ -1,12 +1,12 @@
 """What training minimises: composites in, weighted terms out.
 
-Where a batch carries label maps (made by the training-free step or by the
-model itself, never by people) it is turned into copy-paste composites, whose
-pasted masks are exact; the slots then start from those labels. Without label
-maps the decoder's error alone trains the slots.
+Where a batch carries label maps (made by the training-free step, by the
+model itself or by a renderer, never by people) it is turned into copy-paste
+composites, whose pasted masks are exact; the slots then start from those
+labels. Without label maps the decoder's error alone trains the slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,25 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from spectraldiffusion_jax import diagnostics, losses
-from spectraldiffusion_jax.ops import affinity, composite, instance_field
+from spectraldiffusion_jax.ops import (
+  affinity,
+  composite,
+  instance_field,
+  pseudo_labels,
+)
 from spectraldiffusion_jax.train_step import LossFn, Metrics
 from spectraldiffusion_jax.types import ModelOutput
 
-UNKNOWN = 255
-"""In label maps stored as bytes: a pixel about which nothing is known."""
+GraphFn = Callable[[Float[Array, "h w E"]], affinity.Graph]
+"""Features of one image's token grid -> its graph."""
 
 
-def decode_labels(labels: Int[Array, "B H W"]) -> Int[Array, "B H W"]:
-  """Stored label bytes -> int32, `UNKNOWN` -> `composite.IGNORE`."""
-  labels = labels.astype(jnp.int32)
-  return jnp.where(labels == UNKNOWN, composite.IGNORE, labels)
-
-
-def model_terms(output: ModelOutput, *, sigma: float) -> Metrics:
+def model_terms(output: ModelOutput, graph_fn: GraphFn) -> Metrics:
   """Every loss that the output has the makings of, unweighted.
 
   Args:
     output: of the model.
-    sigma: affinity scale of the graph of `output.affinity`.
+    graph_fn: builds the graph in which the slots' modularity counts.
   """
   terms = {}
   if (decoded := output.decoded) is not None:
@@ -53,9 +52,7 @@ def model_terms(output: ModelOutput, *, sigma: float) -> Metrics:
       prior_logits=output.prior.weight,
     )
   if output.affinity is not None:
-    graph = jax.vmap(lambda f: affinity.stencil_graph(f, sigma=sigma))(
-      jax.lax.stop_gradient(output.affinity)
-    )
+    graph = jax.vmap(graph_fn)(jax.lax.stop_gradient(output.affinity))
     terms["spectral_consistency"] = losses.spectral_consistency(
       output.slots.attention, graph
     )
@@ -92,7 +89,7 @@ def make_loss_fn(
   model: nn.Module,
   *,
   weights: Mapping[str, float],
-  sigma: float,
+  graph_fn: GraphFn,
   num_segments: int,
   pastes: int,
   paste_rate: float,
@@ -104,7 +101,7 @@ def make_loss_fn(
     model: maps (image, labels) to a ModelOutput.
     weights: weight of each term; one that the model does not produce is left
       out, one of weight 0 is logged only.
-    sigma: see `model_terms`.
+    graph_fn: see `model_terms`.
     num_segments: largest id of the label maps.
     pastes: most pieces pasted into one image.
     paste_rate: share of images that are pasted into.
@@ -117,7 +114,7 @@ def make_loss_fn(
     made = composite.compose(
       paste,
       batch["image"],
-      decode_labels(batch["labels"]),
+      pseudo_labels.decode(batch["labels"]),
       num=num_segments,
       pastes=pastes,
       rate=paste_rate,
@@ -125,7 +122,8 @@ def make_loss_fn(
     image = composite.recolour(
       tint, made.images, made.labels, num=largest, grey_object=grey_object
     )
-    return image, made.labels, made.exact
+    known = batch["exact"][:, None, None]
+    return image, made.labels, jnp.maximum(made.exact, known)
 
   def loss_fn(params: dict, batch: dict, rngs: dict) -> tuple[Array, Metrics]:
     image, labels, exact = batch["image"], None, None
@@ -139,7 +137,7 @@ def make_loss_fn(
       train=True,
       rngs=rngs,
     )
-    terms = model_terms(output, sigma=sigma)
+    terms = model_terms(output, graph_fn)
     if output.field is not None and labels is not None:
       fields = field_terms(
         output.field,

@@ -1,5 +1,6 @@
 """Optimiser: clipped AdamW under a warm-up cosine schedule."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,14 +48,30 @@ def decay_mask(params) -> object:
   )
 
 
-def make_schedule(*, learning_rate: float, length: Length) -> optax.Schedule:
-  """Linear warm-up to `learning_rate`, then a cosine to zero."""
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if length.warmup_steps else learning_rate,
-    peak_value=learning_rate,
-    warmup_steps=length.warmup_steps,
-    decay_steps=length.num_steps,
-  )
+def make_schedule(
+  *, learning_rate: float, length: Length, starts: Sequence[int] = (0,)
+) -> optax.Schedule:
+  """Linear warm-up to `learning_rate`, then a cosine to zero.
+
+  Args:
+    learning_rate: peak.
+    length: of the run.
+    starts: steps at which the schedule starts anew (Loshchilov & Hutter 2017:
+      warm restarts), one for each round of self-training.
+  """
+  ends = [*starts[1:], length.num_steps]
+  rounds = []
+  for start, end in zip(starts, ends, strict=True):
+    warmup = min(length.warmup_steps, (end - start) // 10 + 1)
+    rounds.append(
+      optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if length.warmup_steps else learning_rate,
+        peak_value=learning_rate,
+        warmup_steps=warmup if length.warmup_steps else 0,
+        decay_steps=max(end - start, warmup + 1),
+      )
+    )
+  return optax.join_schedules(rounds, list(starts[1:]))
 
 
 def make_optimizer(

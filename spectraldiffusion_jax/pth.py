@@ -120,7 +120,7 @@ def read_pth(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       state = _Unpickler(archive, root).load()
   except _Refused as error:
     raise UserError(
-      f"{path} was refused: {error}, a state dict does not; save only "
+      f"{path} was refused, and nothing of it run: {error}; save only "
       "model.state_dict(), or use the safetensors file"
     ) from None
   except Exception as error:  # hostile input: any failure means unreadable

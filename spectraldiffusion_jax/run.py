@@ -1,5 +1,6 @@
 """The parts of a run, assembled once from its config."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -23,6 +24,18 @@ from spectraldiffusion_jax.data import pipeline
 from spectraldiffusion_jax.evaluate import Segment
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.types import Batch
+
+
+def _joined(own: Iterator[Batch], rendered: Iterator[Batch]):
+  """Batches of both, one after the other; rendered masks become labels."""
+  with contextlib.closing(own), contextlib.closing(rendered):
+    for real, drawn in zip(own, rendered, strict=False):
+      drawn = drawn | {"labels": drawn["segmentation"].astype(np.uint8)}
+      flags = np.repeat([0, 1], [len(real["index"]), len(drawn["index"])])
+      names = ("image", "labels", "index", "mask", "segmentation")
+      yield {n: np.concatenate([real[n], drawn[n]]) for n in names} | {
+        "exact": flags.astype(np.float32)
+      }
 
 
 class Run:
@@ -51,7 +64,11 @@ class Run:
       val_interval=config.logging.val_interval,
     )
     self._schedule = optim.make_schedule(
-      learning_rate=training.learning_rate, length=self.length
+      learning_rate=training.learning_rate,
+      length=self.length,
+      starts=rounds.starts(
+        self.length.num_steps, max(config.composite.rounds, 1)
+      ),
     )
     self._optimizer = optim.make_optimizer(
       self._schedule,
@@ -101,6 +118,14 @@ class Run:
       in_shardings=(state_sharding.params, batch_sharding),
       out_shardings=batch_sharding,
     )
+    self._teachers = [
+      jax.jit(
+        build.make_teacher(self.config, segment),
+        in_shardings=(state_sharding.params, batch_sharding),
+        out_shardings=batch_sharding,
+      )
+      for segment in (None, eval_step)
+    ]
     self.training_free: Segment = jax.jit(
       build.make_training_free(self.config),
       in_shardings=batch_sharding,
@@ -136,18 +161,42 @@ class Run:
   def train_batches(
     self, *, start: int, labels: np.ndarray | None
   ) -> Iterator[Batch]:
-    """Endless batches from batch number `start` on."""
+    """Endless batches from batch number `start` on.
+
+    With `data.extra_dataset` the last rows of each batch are rendered scenes,
+    their exact masks in the place of labels.
+    """
     config = self.config
-    return pipeline.make_train(
-      **self._data(config.data.train_split),
+    extra = self._extra_rows()
+    shared = dict(
       **self._shape(),
       augment=dict(config.augment) if config.data.augmentation else None,
-      batch_size=config.training.batch_size,
       seed=config.seed,
       num_workers=config.data.num_workers,
-      labels=labels,
       first_batch=start,
     )
+    rows = config.training.batch_size - extra
+    own = pipeline.make_train(
+      **self._data(config.data.train_split),
+      **shared,
+      batch_size=rows,
+      labels=labels,
+    )
+    if not extra:
+      return own
+    where = self._data("train") | {
+      "dataset": config.data.extra_dataset,
+      "max_objects": None,
+    }
+    rendered = pipeline.make_train(
+      **where, **(shared | {"crop": None}), batch_size=extra
+    )
+    return _joined(own, rendered)
+
+  def _extra_rows(self) -> int:
+    """Rows of a batch that come from `data.extra_dataset`."""
+    data, size = self.config.data, self.config.training.batch_size
+    return round(data.extra_share * size) if data.extra_dataset else 0
 
   def eval_batches(self, split: str) -> pipeline.EvalBatches:
     """Every example of a split once, in order, the last batch padded."""
@@ -179,8 +228,10 @@ class Run:
 
   def place(self, batch: Batch, step: int) -> dict[str, jax.Array]:
     """Puts on the devices what the training step reads of a batch."""
-    used = {k: batch[k] for k in ("image", "labels", "index") if k in batch}
+    used = {k: batch[k] for k in ("image", "labels") if k in batch}
     if "labels" in used:
+      zeros = np.zeros(len(batch["index"]), np.float32)
+      used["exact"] = batch.get("exact", zeros)
       trusted = self.config.composite.trust * self.length.num_steps
       trusted /= self.config.composite.rounds
       used["distrust"] = np.full(
@@ -188,11 +239,22 @@ class Run:
       )
     return sharding.shard_batch(used, self.mesh)
 
+  def place_image(self, image: np.ndarray) -> jax.Array:
+    """An image batch, split over the devices."""
+    return sharding.shard_batch({"image": image}, self.mesh)["image"]
+
+  def place_params(self, params: dict) -> dict:
+    """Parameters where training has them."""
+    return jax.tree.map(
+      lambda p, s: jax.device_put(p, s.sharding),
+      params,
+      self.abstract_state.params,
+    )
+
   def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
     """Panels of the first validation images and the PCA of their slots."""
     batch = next(iter(self.val_batches))
-    image = sharding.shard_batch({"image": batch["image"]}, self.mesh)["image"]
-    output = self.eval_step(state.params, image)
+    output = self.eval_step(state.params, self.place_image(batch["image"]))
     masks, attention, slots, active = map(
       sharding.local_rows,
       (
@@ -231,9 +293,9 @@ class Run:
     labels = rounds.load(folder, first)
     if labels is None:
       rounds.check_state(first, int(state.step), folder)
-      segment = self.segmenter(state.params) if first else self.training_free
+      teacher = self._teachers[1 if first else 0]
       labels = rounds.label_images(
-        segment,
+        functools.partial(teacher, state.params),
         self.eval_batches(config.data.train_split),
         num_examples=self.num_examples,
         mesh=self.mesh,

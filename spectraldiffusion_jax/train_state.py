@@ -33,6 +33,10 @@ def create(
   seed: int,
 ) -> TrainState:
   """A new state; `image` gives shapes only. Call under jit or eval_shape."""
-  variables = model.init(stream_keys(seed, 0), image, train=True)
+  # Given labels stand in for the spectral step, which has no parameters.
+  labels = jnp.zeros(image.shape[:3], jnp.int32)
+  variables = model.init(
+    stream_keys(seed, 0), image, labels, label_slots=2, train=True
+  )
   params = variables["params"]
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -71,8 +71,7 @@ def panels(
     if truth is not None:
       names = matching_names(truth[i], pred[i])
       row["truth"] = colour_masks(truth[i])
-    ids, ranks = np.unique(pred[i], return_inverse=True)
-    shown = np.array([names[label] for label in ids.tolist()])[ranks]
+    shown = renamed(pred[i], names)
     row["predicted"] = colour_masks(shown)
     row["overlay"] = large_overlay(images[i], shown, height=height)
     if reconstruction is not None:
@@ -112,6 +111,15 @@ def matching_names(
       names[label] = int(fresh)
       fresh += 1
   return names
+
+
+def renamed(
+  labels: Integer[np.ndarray, "H W"], names: Mapping[int, int]
+) -> Integer[np.ndarray, "H W"]:
+  """Labels with every id replaced by its name."""
+  ids, ranks = np.unique(labels, return_inverse=True)
+  shown = np.array([names[label] for label in ids.tolist()])
+  return shown[ranks.reshape(labels.shape)]
 
 
 def large_overlay(

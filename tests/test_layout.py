@@ -31,7 +31,7 @@ LAYERS = [
     run
     segmenter train_loop
     predict reports
-    ablation plan demo benchmarks command __init__
+    demo ablation plan benchmarks command __init__
   """.strip().splitlines()
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,3 +1,5 @@
+"""Losses against loops; permuted slots and degenerate inputs."""
+
 import functools
 
 import jax

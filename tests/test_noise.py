@@ -1,3 +1,5 @@
+"""Schedules, conversions, weights and samplers on closed-form data."""
+
 import functools
 
 import jax
@@ -168,7 +170,8 @@ def test_order_of_convergence(method, ratio):
 
 
 def test_errors_from_noise_to_data():
-  # The infinite first and last steps cost 2M a logarithm, no more.
+  # Through the infinite first and last steps DDIM keeps its order (16-fold in
+  # four doublings) and 2M, a little below its own, stays far ahead.
   few = {m: largest_error(m, 10, 1.0, 0.0) for m in ("ddim", "dpm2m")}
   many = {m: largest_error(m, 160, 1.0, 0.0) for m in ("ddim", "dpm2m")}
   assert few["ddim"] < 0.16 and few["dpm2m"] < 0.05
@@ -190,7 +193,7 @@ def test_one_evaluation_at_pure_noise_gives_the_mean():
 
 @pytest.mark.parametrize(
   "method, eta, tolerance",
-  [("ddim", 0, 0.04), ("ddim", 1, 0.08), ("dpm2m", 0, 0.02)],
+  [("ddim", 0.0, 0.04), ("ddim", 1.0, 0.08), ("dpm2m", 0.0, 0.02)],
 )
 def test_samples_have_the_moments_of_the_data(method, eta, tolerance):
   sample = jax.jit(

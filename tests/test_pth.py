@@ -33,7 +33,7 @@ def test_malicious_pickle_does_not_run(tmp_path, compression):
     extra={"x": Payload(victim)},
     compression=compression,
   )
-  with pytest.raises(UserError, match="was refused: its"):
+  with pytest.raises(UserError, match="was refused, .* its (pickle|member)"):
     read_pth(path)
   assert not victim.exists()
   pickle.loads(pickle.dumps(Payload(victim)))  # the payload is a live one

@@ -1,3 +1,5 @@
+"""The selective recurrence: every form against a float64 loop; theorem 3."""
+
 import functools
 
 import jax

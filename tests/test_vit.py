@@ -29,33 +29,6 @@ def test_image_that_does_not_tile_is_refused():
     model.apply(params, jnp.zeros((1, 12, 30, 3)))
 
 
-def test_attention_equals_a_float64_loop():
-  q, k, v = np.random.default_rng(0).normal(size=(3, 2, 7, 3, 4))
-  wanted = np.zeros_like(q)
-  for b in range(2):
-    for m in range(3):
-      logits = q[b, :, m] @ k[b, :, m].T / np.sqrt(4)
-      weights = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-      wanted[b, :, m] = weights @ v[b, :, m]
-  ours = vit.attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
-  np.testing.assert_allclose(ours, wanted, atol=1e-6)
-
-
-def test_rotary_products_depend_on_the_offset_only():
-  angles = vit.rotary_angles(4, 5, 16)
-  one = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
-  q, k = (
-    np.asarray(vit.rotate(jnp.broadcast_to(x, (1, 22, 1, 16)), angles))[0, :, 0]
-    for x in one
-  )
-  np.testing.assert_array_equal(q[:2], np.stack([one[0]] * 2))  # the prefix
-  product = (q[2:] @ k[2:].T).reshape(4, 5, 4, 5)
-  np.testing.assert_allclose(
-    product[0, 0, 1, 2], product[2, 2, 3, 4], rtol=1e-4
-  )
-  assert abs(product[0, 0, 1, 2] - product[0, 0, 2, 1]) > 1e-3
-
-
 def test_without_positions_tokens_follow_their_patches():
   model, params = our_model("plain")
   params = {"params": params["params"] | {"pos_embed": np.zeros((1, 26, 32))}}

@@ -66,7 +66,8 @@ def make_train(
   """Returns an endless iterator over shuffled types.Batch; see the module.
 
   Every epoch visits each example once, in another order; a batch may span two
-  epochs. Process p of P holds the examples p, p + P, ... of a global batch.
+  epochs. Process p of P holds rows p * B / P to (p + 1) * B / P of each global
+  batch of B, so that a row has one place whatever P is.
 
   Raises:
     UserError: a field does not fit the data set or the processes.
@@ -85,8 +86,10 @@ def make_train(
     served = served.random_map(Augment.from_config(augment))
   # Sharded only here: the position that seeds shuffle and augmentation is the
   # global one.
-  batches = served[process_index::process_count].map(finish).batch(rows)
-  batches = batches[first_batch:].to_iter_dataset(_read_options(num_threads))
+  first = first_batch * process_count + process_index
+  batches = served.map(finish).batch(rows, drop_remainder=True)
+  batches = batches[first::process_count]
+  batches = batches.to_iter_dataset(_read_options(num_threads))
   return iter(_with_workers(batches, num_workers))
 
 

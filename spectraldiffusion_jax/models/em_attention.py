@@ -51,6 +51,7 @@ class EMSlotAttention(nn.Module):
   cell: nn.Module
   tau: float = 2.0  # temperature of assignment, >= 1
   nu: float = 10.0  # pseudo-tokens that hold a slot's variance to the prior
+  spread: float = 0.0  # prior variance of keys; 0 = that of the image's keys
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -68,6 +69,8 @@ class EMSlotAttention(nn.Module):
       nn.LayerNorm(dtype=self.dtype)(tokens)
     )
     prior = jax.vmap(em.prior_variance)(keys)
+    if self.spread:
+      prior = jnp.full_like(prior, self.spread)
     pool = jax.vmap(em.pool)
     mixture = Mixtures(*jax.vmap(self._start)(assignment, keys, active, prior))
     slots = pool(jax.lax.stop_gradient(assignment), value)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from spectraldiffusion_jax.models import em_attention
-from spectraldiffusion_jax.ops import color, em, instance_field
+from spectraldiffusion_jax.ops import color, em, instance_field, refine
 from spectraldiffusion_jax.types import Features, Mixtures, ModelOutput
 
 Partitioner = Callable[
@@ -70,8 +70,7 @@ def graph_features(
   """What the token graph compares: colour, tokens or the instance field.
 
   `colour` is CIELAB / 100; `tokens` are centred and scaled to unit length;
-  `field` is (p, p * vote) with p the chance of being foreground, so that the
-  background is one point and each object another.
+  `field` is the chance of being foreground and the mean vote.
   """
   if source == "colour":
     lab = jax.vmap(color.srgb_to_lab)(image)
@@ -82,7 +81,9 @@ def graph_features(
     return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
   chance = jax.nn.sigmoid(features.field[..., :1])
   vote = instance_field.votes(features.field)
-  return pool_grid(jnp.concatenate([chance, chance * vote], -1), grid)
+  pooled = pool_grid(chance, grid)
+  mean_vote = pool_grid(chance * vote, grid) / (pooled + 1e-6)
+  return jnp.concatenate([pooled, mean_vote], -1)
 
 
 def upsample(
@@ -91,6 +92,25 @@ def upsample(
   """Bilinear upsampling of token masks to pixels; still sums to 1 over K."""
   b, k, _ = masks.shape
   return jax.image.resize(masks.reshape(b, k, *grid), (b, k, *size), "linear")
+
+
+def sharpen(
+  image: Float[Array, "B H W 3"],
+  masks: Float[Array, "B K H W"],
+  stickiness: float,
+) -> Float[Array, "B K H W"]:
+  """Moves outlines to where the colour changes; see `refine.refine_pixels`."""
+  height, width = image.shape[1:3]
+  grid = (height // 2, width // 2)
+
+  def one(image, masks):
+    label = jax.nn.one_hot(jnp.argmax(masks, 0), masks.shape[0])
+    share = pool_grid(label[None], grid)[0].reshape(-1, masks.shape[0])
+    return refine.refine_pixels(
+      color.srgb_to_lab(image), share, grid=grid, stickiness=stickiness
+    )
+
+  return jax.vmap(one)(image, masks)
 
 
 class SpectralDiffusion(nn.Module):
@@ -108,6 +128,7 @@ class SpectralDiffusion(nn.Module):
   partition: Partitioner | None = None
   source: str = "field"  # see graph_features
   tau: float = 2.0  # temperature of the pixels' E-step
+  stickiness: float = 0.0  # of masks sharpened by colour; 0 = not sharpened
 
   @nn.compact
   def __call__(
@@ -164,10 +185,12 @@ class SpectralDiffusion(nn.Module):
       keys = nn.Dense(self.key_dim, name="to_keys")(tokens)
       keys, chance = nn.LayerNorm(name="key_norm")(keys), None
     else:
-      pixels = instance_field.keys(features.field)
-      keys = pool_grid(pixels, grid).reshape(*tokens.shape[:2], -1)
       chance = jax.nn.sigmoid(features.field[..., :1])
-      chance = pool_grid(chance, grid).reshape(tokens.shape[:2])
+      pixels = chance * instance_field.keys(features.field)
+      chance = pool_grid(chance, grid)
+      keys = pool_grid(pixels, grid) / (chance + 1e-6)
+      keys = keys.reshape(*tokens.shape[:2], -1)
+      chance = chance.reshape(tokens.shape[:2])
     return self.attention(tokens, keys, assignment, active, foreground=chance)
 
   def _masks(self, image, features, slots, mixture, decoded):
@@ -182,6 +205,9 @@ class SpectralDiffusion(nn.Module):
         jax.nn.sigmoid(features.field[..., 0]).reshape(len(image), -1),
         tau=self.tau,
       )
-      return masks.reshape(*masks.shape[:2], *size)
+      masks = masks.reshape(*masks.shape[:2], *size)
+      return (
+        sharpen(image, masks, self.stickiness) if self.stickiness else masks
+      )
     masks = slots.attention if decoded is None else decoded.masks
     return masks if masks.ndim == 4 else upsample(masks, grid, size)

@@ -10,6 +10,7 @@ their order.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.models.ssm import SelectiveSSM, scaled_dense
@@ -19,7 +20,7 @@ class _Feedforward(nn.Module):
   """Residual branch MLP(LayerNorm(x)) with one hidden layer."""
 
   hidden: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, "B K D"]) -> Float[Array, "B K D"]:
@@ -49,7 +50,7 @@ class SlotSSMCell(nn.Module):
   gate_dim: int = 64  # E, key width of the mixture
   gate_bias: float = 2.0  # g starts at sigmoid of it, 0.88
   mlp_ratio: int = 2  # hidden width of the MLP over D
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def initial_state(
     self, slots: Float[Array, "B K D"]
@@ -116,7 +117,7 @@ class GRUSlotCell(nn.Module):
 
   gate_dim: int = 64  # E, key width of the mixture
   mlp_ratio: int = 2  # hidden width of the MLP over D
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def initial_state(
     self, slots: Float[Array, "B K D"]

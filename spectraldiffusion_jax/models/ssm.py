@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.errors import UserError
@@ -64,7 +65,7 @@ class SelectiveSSM(nn.Module):
   bidirectional: bool = False  # the second half of the heads runs backwards
   rule: str = "zoh"
   method: str = "chunked"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self):
     """Creates one projection for z, x, B, C and dt, and the rates."""
@@ -237,7 +238,7 @@ class SelectiveScan2D(nn.Module):
   use_spatial_fusion: bool = True
   out_scale: float = 0.1
   method: str = "chunked"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(

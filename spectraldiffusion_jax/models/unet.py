@@ -19,7 +19,10 @@ STEM = 2  # pixels a side that the stem folds into channels
 
 
 class Block(nn.Module):
-  """Residual pre-activation convolutions, layer-normalised at entry."""
+  """Residual pre-activation convolutions, layer-normalised at entry.
+
+  Without normalisation the block starts as the identity.
+  """
 
   width: int
   depth: int
@@ -30,8 +33,16 @@ class Block(nn.Module):
   def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
     """Same shape."""
     y = nn.LayerNorm(dtype=self.dtype)(x) if self.normalise else x
-    for _ in range(self.depth):
-      y = nn.Conv(self.width, (3, 3), dtype=self.dtype)(nn.relu(y))
+    for i in range(self.depth):
+      identity = i == self.depth - 1 and not self.normalise
+      y = nn.Conv(
+        self.width,
+        (3, 3),
+        kernel_init=nn.initializers.zeros
+        if identity
+        else nn.initializers.lecun_normal(),
+        dtype=self.dtype,
+      )(nn.relu(y))
     return x + y
 
 

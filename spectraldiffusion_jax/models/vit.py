@@ -14,15 +14,14 @@ and `pos_embed` are bare arrays. With scan=True all blocks lie stacked under
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.models.layers import space_to_depth
+from spectraldiffusion_jax.ops.attention import attend, rotary_angles, rotate
 from spectraldiffusion_jax.ops.resample import resize_bicubic
 
 _INIT = nn.initializers.truncated_normal(0.02)
@@ -34,61 +33,6 @@ class VitOutput(struct.PyTreeNode):
   tokens: Array  # [B h w F] patch tokens after the final norm
   cls: Array  # [B F] class token after the final norm
   keys: Array  # [B h w F] keys of the last block, heads side by side, no rotary
-
-
-def attend(
-  query: Float[Array, "B N M P"],
-  key: Float[Array, "B N M P"],
-  value: Float[Array, "B N M P"],
-) -> Float[Array, "B N M P"]:
-  """Full attention by the fastest kernel there is: cuDNN's on a GPU in 16 bit.
-
-  Args:
-    query: P channels of each of M heads.
-    key: likewise.
-    value: likewise.
-
-  Returns:
-    softmax(query key^T / sqrt(P)) value for every head.
-  """
-  half = query.dtype in (jnp.bfloat16, jnp.float16)
-  cudnn = half and jax.default_backend() == "gpu"
-  return jax.nn.dot_product_attention(
-    query, key, value, implementation="cudnn" if cudnn else "xla"
-  )
-
-
-def rotary_angles(height: int, width: int, channels: int) -> np.ndarray:
-  """DINOv3's angles [N channels]: patch centres in [-1, 1] x frequencies.
-
-  Args:
-    height: h of the token grid.
-    width: w of the token grid.
-    channels: of one head; a quarter of them are frequencies, for y and for x,
-      and both are repeated for the two halves that `rotate` turns together.
-
-  Returns:
-    2 pi (y, x) / 100^(4 i / channels), float32.
-  """
-  y = (np.arange(height) + 0.5) / height * 2 - 1
-  x = (np.arange(width) + 0.5) / width * 2 - 1
-  centre = np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2, 1)
-  frequency = 100.0 ** -(np.arange(0, channels, 4) / channels)
-  angles = (2 * np.pi * centre * frequency).reshape(len(centre), -1)
-  return np.tile(angles, 2).astype(np.float32)
-
-
-def rotate(
-  x: Float[Array, "B L M P"], angles: Float[Array, "N P"]
-) -> Float[Array, "B L M P"]:
-  """Rotates the last N of L tokens; the class and register tokens stay."""
-  prefix, patches = jnp.split(x, [x.shape[1] - len(angles)], axis=1)
-  a, b = jnp.split(patches.astype(jnp.float32), 2, axis=-1)
-  angles = angles[None, :, None, :]
-  patches = patches * jnp.cos(angles) + jnp.concatenate([-b, a], -1) * jnp.sin(
-    angles
-  )
-  return jnp.concatenate([prefix, patches.astype(x.dtype)], axis=1)
 
 
 class Attention(nn.Module):
@@ -198,6 +142,10 @@ class Vit(nn.Module):
   the trained one. `pos_offset` is the authors' 0.1: their first models resize
   by the factor (h + 0.1) / grid, so the step between samples is off by that
   much; transformers, the default here, resizes to h exactly.
+
+  float32 products run at JAX's default precision, which on GPUs and TPUs is
+  below float32: wrap calls in jax.default_matmul_precision("float32") there
+  to equal a CPU's figures.
   """
 
   patch: int  # pixels a side of one token

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
 import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 IGNORE = -1
 """Label of pixels about which nothing is known."""

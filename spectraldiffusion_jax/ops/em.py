@@ -17,7 +17,7 @@ take no token. One image; batch with jax.vmap.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 # TPUs and GPUs round the inputs of float32 products unless told not to.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+Scalar: TypeAlias = float | Float[Array, ""]
 _MASKED = -1e30
 _EPSILON = 1e-8
 """Pseudo-count that keeps empty slots where they are."""
@@ -83,7 +84,7 @@ def e_step(
   weight: Float[Array, " K"],
   active: Bool[Array, " K"],
   *,
-  tau: float | Float[Array, ""] = 2.0,
+  tau: Scalar = 2.0,
 ) -> tuple[Float[Array, "K N"], Float[Array, ""]]:
   """Responsibilities of slots for tokens.
 
@@ -127,9 +128,9 @@ def m_step(
   *,
   prior: Float[Array, " E"],
   gate: float | Float[Array, "K E"] = 1.0,
-  nu: float = 10.0,
-  alpha: float = 1.0,
-  floor: float = 0.05,
+  nu: Scalar = 10.0,
+  alpha: Scalar = 1.0,
+  floor: Scalar = 0.05,
 ) -> Mixture:
   """The gated M-step; a slot without tokens keeps its mean.
 
@@ -169,9 +170,9 @@ def initial_m_step(
   active: Bool[Array, " K"],
   *,
   prior: Float[Array, " E"],
-  nu: float = 10.0,
-  alpha: float = 1.0,
-  floor: float = 0.05,
+  nu: Scalar = 10.0,
+  alpha: Scalar = 1.0,
+  floor: Scalar = 0.05,
 ) -> Mixture:
   """The mixture of given responsibilities, such as spectral clusters.
 
@@ -210,9 +211,9 @@ def free_energy(
   active: Bool[Array, " K"],
   *,
   prior: Float[Array, " E"],
-  tau: float | Float[Array, ""] = 2.0,
-  nu: float = 10.0,
-  alpha: float = 1.0,
+  tau: Scalar = 2.0,
+  nu: Scalar = 10.0,
+  alpha: Scalar = 1.0,
 ) -> Float[Array, ""]:
   """F(A, theta), the quantity that neither `e_step` nor `m_step` lowers.
 

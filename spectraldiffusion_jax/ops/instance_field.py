@@ -7,6 +7,7 @@ height) and E embedding channels. Pixel position plus offset is the pixel's
 Label maps have 0 for the background, `IGNORE` for pixels without a label.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -39,14 +40,14 @@ def positions(height: int, width: int) -> Float[Array, "H W 2"]:
 
 
 def targets(
-  labels: Int[Array, "B H W"], *, num_objects: int, min_area: int = 8
+  labels: Int[Array, "B H W"], *, num_objects: int, min_area: float = 0.0005
 ) -> Targets:
   """Memberships, centroids and areas of a batch of label maps.
 
   Args:
     labels: 0 background, 1 ... num_objects objects, `IGNORE` unlabelled.
     num_objects: Largest id; static.
-    min_area: Objects of fewer pixels get weight 0.
+    min_area: Smaller objects, as a share of the pixels, get weight 0.
   """
   height, width = labels.shape[1:]
   ids = jnp.arange(1, num_objects + 1, dtype=labels.dtype)
@@ -54,7 +55,7 @@ def targets(
   area = jnp.sum(members, axis=(1, 2))
   total = jnp.einsum("BHWK,HWD->BKD", members, positions(height, width))
   centroid = total / jnp.maximum(area, 1.0)[..., None]
-  small = (area > 0) & (area < min_area)
+  small = (area > 0) & (area < min_area * height * width)
   ignored = jnp.einsum("BHWK,BK->BHW", members, small.astype(jnp.float32))
   known = (labels != IGNORE).astype(jnp.float32)
   own = jnp.einsum("BHWK,BK->BHW", members, area)
@@ -159,9 +160,9 @@ def vote_peaks(
   weight: Float[Array, "H W"],
   *,
   num_peaks: int,
-  blur: float = 2.0,
-  radius: int = 5,
-  min_votes: float = 32.0,
+  blur: float = 1 / 64,
+  radius: float = 0.04,
+  min_votes: float = 0.002,
 ) -> tuple[Float[Array, "K 2"], Float[Array, " K"]]:
   """Local maxima of the histogram of votes.
 
@@ -169,9 +170,11 @@ def vote_peaks(
     vote: Votes in field units.
     weight: Weight of each vote, 0 on the background.
     num_peaks: K, at most this many; the highest are kept.
-    blur: Standard deviation in pixels of the Gaussian over the histogram.
-    radius: A peak is the largest value within this many pixels.
-    min_votes: Votes a peak needs within half that radius.
+    blur: Standard deviation of the Gaussian over the histogram, as a share
+      of the image height.
+    radius: A peak is the largest value within this share of the height.
+    min_votes: Votes a peak needs within half that radius, as a share of the
+      pixels.
 
   Returns:
     Positions in field units, and 1 for peaks that exist else 0.
@@ -181,18 +184,21 @@ def vote_peaks(
   row = jnp.clip(cell[..., 0], 0, height - 1)
   column = jnp.clip(cell[..., 1], 0, width - 1)
   count = jnp.zeros((height, width)).at[row, column].add(weight)
-  reach = int(3 * blur)
+  blur, radius = blur * height, max(round(radius * height), 1)
+  reach = math.ceil(3 * blur)
   tap = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / blur) ** 2)
   smooth = count
   for axis in (0, 1):
-    smooth = jax.vmap(
-      lambda v: jnp.convolve(v, tap, mode="same"), axis, axis
-    )(smooth)
+    smooth = jax.vmap(lambda v: jnp.convolve(v, tap, mode="same"), axis, axis)(
+      smooth
+    )
   # Breaks ties between equal neighbours, which would both be maxima.
   smooth = smooth + 1e-4 * jax.random.uniform(jax.random.key(0), smooth.shape)
   top = _window(smooth, 2 * radius + 1, jax.lax.max, -jnp.inf)
   near = _window(count, radius + 1, jax.lax.add, 0.0)
-  score = jnp.where((smooth == top) & (near >= min_votes), smooth, 0.0)
+  score = jnp.where(
+    (smooth == top) & (near >= min_votes * count.size), smooth, 0.0
+  )
   value, index = jax.lax.top_k(score.reshape(-1), num_peaks)
   place = positions(height, width).reshape(-1, 2)[index]
   return place, (value > 0).astype(jnp.float32)
@@ -202,27 +208,23 @@ def decode(
   field: Float[Array, "H W D"],
   *,
   num_objects: int,
-  min_area: int = 20,
-  blur: float = 2.0,
-  radius: int = 5,
+  min_area: float = 0.0012,
+  threshold: float = 0.5,
 ) -> Int[Array, "H W"]:
   """Labels of one image: foreground pixels to the nearest peak of the votes.
 
   Args:
     field: The image's field.
     num_objects: Largest label given.
-    min_area: Segments of fewer pixels become background.
-    blur: See `vote_peaks`.
-    radius: See `vote_peaks`.
+    min_area: Smaller segments, as a share of the pixels, become background.
+    threshold: Foreground probability from which a pixel is an object's.
   """
-  front = field[..., 0] > 0
+  front = jax.nn.sigmoid(field[..., 0]) > threshold
   vote = votes(field[None])[0]
   place, found = vote_peaks(
     vote,
     front.astype(jnp.float32),
     num_peaks=num_objects,
-    blur=blur,
-    radius=radius,
   )
   gap = jnp.sum((vote[..., None, :] - place[None, None]) ** 2, axis=-1)
   gap = jnp.where(found[None, None] > 0, gap, jnp.inf)
@@ -231,4 +233,4 @@ def decode(
   area = jnp.sum(
     jax.nn.one_hot(label, num_objects + 1, dtype=jnp.float32), axis=(0, 1)
   )
-  return jnp.where(area[label] >= min_area, label, 0)
+  return jnp.where(area[label] >= min_area * label.size, label, 0)

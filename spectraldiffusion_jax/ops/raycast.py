@@ -1,7 +1,7 @@
 """Where rays meet spheres, upright cylinders and turned cubes, in closed form.
 
 The world is CLEVR's (Johnson et al. 2017, arXiv:1612.06890, section 3): objects
-stand on the ground z = 0, z points up, and the camera looks at the origin.
+stand above the ground z = 0, z points up, and the camera looks at the origin.
 
 Vectors are triples of separate x, y and z arrays: as [n 3] arrays the same
 arithmetic runs six times slower on a CPU. For the same reason a loop over the
@@ -217,12 +217,13 @@ def _hide_prism(section, reach):
     flat = jnp.sqrt(flat2)
     offset = jnp.abs(q[0] * d[1] - q[1] * d[0]) / flat
     middle = -(q[0] * d[0] + q[1] * d[1]) / flat2
-    t_in = jnp.minimum(section(q, d, half)[0], middle)
+    t_in, t_out = section(q, d, half)
+    t_in, t_out = jnp.minimum(t_in, middle), jnp.maximum(t_out, middle)
     rise = jnp.maximum(d[2], 1e-3)
     over = (t_in - (half - q[2]) / rise) * flat * rise
     miss = jnp.maximum(offset - reach(d, half, flat), over)
     hidden = _fraction(miss, angle * jax.nn.relu(t_in))
-    return jnp.where(middle > 0, hidden, 0.0)
+    return jnp.where(t_out > 0, hidden, 0.0)
 
   return hide
 

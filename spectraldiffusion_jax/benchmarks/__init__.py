@@ -1,0 +1,1 @@
+"""Measurements: each module has run() -> list of rows."""

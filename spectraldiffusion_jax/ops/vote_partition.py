@@ -1,0 +1,95 @@
+"""The spectral step on a learned instance field.
+
+Foreground tokens are joined by how close their votes for an object's centre
+are. The graph is then nearly block-diagonal, one block an object, so that
+the number of eigenvalues near 1 counts the objects (the multiplicity of 1 is
+the number of components: von Luxburg 2007, proposition 4) and no cluster has
+to be merged or split afterwards.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spectraldiffusion_jax.ops import clustering, spectral
+from spectraldiffusion_jax.ops.affinity import DenseGraph, squared_distance
+from spectraldiffusion_jax.ops.partition import Partition
+
+UNIFORM = 1e-3
+"""Degree of a token without partners, such as those of the background."""
+
+
+LEAST = 0.3
+"""Chance of being foreground from which a token takes part."""
+
+
+def vote_graph(
+  features: Float[Array, "*grid 3"], *, sigma: float
+) -> DenseGraph:
+  """W_nm = sqrt(p_n p_m) exp(-|v_n - v_m|^2 / 2 sigma^2) on the foreground.
+
+  A heat kernel between weights: positive semi-definite, so that no shift is
+  needed (Schoenberg 1938).
+
+  Args:
+    features: chance p of being foreground and mean vote v of each token.
+    sigma: in the units of the votes.
+  """
+  tokens = features.reshape(-1, features.shape[-1])
+  chance = jnp.where(tokens[:, 0] > LEAST, tokens[:, 0], 0.0)
+  root = jnp.sqrt(chance)
+  kernel = jnp.exp(-squared_distance(tokens[:, 1:]) / (2 * sigma**2))
+  return DenseGraph(kernel * root[:, None] * root[None])
+
+
+def _sample(chance: Float[Array, " N"], limit: int) -> Int[Array, " M"]:
+  """At most `limit` tokens, all of the foreground if it is no larger.
+
+  A larger foreground is thinned out evenly: one draw, the same every time.
+  """
+  size = chance.shape[0]
+  draw = np.random.RandomState(0).random_sample(size).astype(np.float32)
+  score = jnp.where(chance > LEAST, 1 + draw, chance)
+  return jax.lax.top_k(score, min(limit, size))[1]
+
+
+def vote_partition(
+  features: Float[Array, "h w 3"],
+  *,
+  num_slots: int,
+  sigma: float = 0.2,
+  threshold: float = 0.9,
+  limit: int = 512,
+  rounds: int = 2,
+  degree: int = 8,
+) -> Partition:
+  """Shares tokens out: slot 0 the background, one slot a counted object.
+
+  Args:
+    features: chance of being foreground, and mean vote, of each token.
+    num_slots: K; at most K - 1 objects are told apart.
+    sigma: distance of votes, in their units, at which affinity fades.
+    threshold: eigenvalues above it count objects.
+    limit: most tokens in the graph. What is left of a larger foreground
+      belongs to no slot yet; the first E-step shares it out.
+    rounds: of the filtered block iteration.
+    degree: of its Chebyshev filter.
+  """
+  features = jnp.nan_to_num(jax.lax.stop_gradient(features))
+  tokens = features.reshape(-1, 3)
+  chosen = _sample(tokens[:, 0], limit)
+  graph = vote_graph(tokens[chosen], sigma=sigma)
+  matvec, lead = spectral.normalised_operator(graph, uniform=UNIFORM)
+  wanted = max(1, min(num_slots - 1, chosen.shape[0]))
+  pairs = spectral.leading_eigenpairs(
+    matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
+  )
+  count = spectral.count_above(pairs.value, threshold=threshold)
+  share = clustering.cpqr(pairs.vector, count=count)
+  chance = jnp.where(tokens[:, :1] > LEAST, tokens[:, :1], 0.0)
+  objects = jnp.zeros((tokens.shape[0], wanted)).at[chosen].set(share)
+  objects = jnp.pad(objects * chance, ((0, 0), (0, num_slots - 1 - wanted)))
+  assignment = jnp.concatenate([1 - chance, objects], axis=1)
+  active = jnp.arange(num_slots) <= count
+  return Partition(assignment[:, :num_slots], active, 1 + count)
