@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+STARTED := $(shell date +%s)
 
 .PHONY: demo test test-all lint clean
 
@@ -14,7 +15,8 @@ $(VENV)/.test: setup.py $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base  ## train, evaluate and draw on the embedded data set
-	$(BIN)/python launch/demo.py --output=demo
+	$(BIN)/python launch/demo.py --config=configs/procedural.py --output=demo \
+	  --overwrite --started=$(STARTED)
 
 test: $(VENV)/.test  ## the whole suite but the slow checks
 	$(BIN)/python -m pytest -n 2

@@ -5,16 +5,17 @@
   python launch/train.py --config=configs/clevr.py:tiny --workdir=runs/c
   python launch/evaluate.py --workdir=runs/c --split='train[90%:]'
 
-Variants: none (the guide's values, on a frozen DINOv2 ViT-B/14), `small`
-(trained from scratch, 128 px, the published checkpoint), `tiny` (64 px,
-minutes on a laptop), `clevr6` (as `small`, scenes of at most 6 objects).
+Variants: none (the guide's values, on a frozen DINOv2 ViT-B/14), `scratch`
+(128 px, images alone), `small` (the same beside rendered scenes with exact
+masks: the published checkpoint), `tiny` (64 px, minutes on a laptop),
+`clevr6` (as `scratch`, scenes of at most 6 objects).
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 
-VARIANTS = ("", "small", "tiny", "clevr6")
+VARIANTS = ("", "scratch", "small", "tiny", "clevr6")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -28,13 +29,24 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.dinov2_model = "dinov2_vitb14"
     c.model.slot_dim = 768
     c.model.token_stride = 14
+  else:
+    c.training.batch_size = 16
+    c.training.num_steps = 900
+    c.training.warmup_epochs = 1.0
+    c.training.learning_rate = 3e-3
+    c.training.weight_decay = 1e-4
+    c.data.train_split = "train[:80%]"
+    c.data.val_split = "train[80%:]"
+    c.composite.rounds = 2
+    c.logging.log_interval = 25
+    c.logging.val_interval = 9
+    c.logging.image_interval = 450
+  if variant == "small":
+    c.data.extra_dataset = "procedural_clevr/hard_128"
   if variant == "tiny":
     c.model.image_size = 64
     c.model.token_stride = 2
-    c.training.batch_size = 16
-    c.training.num_epochs = 10
-    c.training.warmup_epochs = 0.5
-    c.training.learning_rate = 2e-3
+    c.training.num_steps = 500
   if variant == "clevr6":
     c.data.max_objects = 6
     c.model.num_slots = 7

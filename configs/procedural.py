@@ -23,19 +23,24 @@ def get_config(variant: str = "easy") -> ConfigDict:
   level = "hard" if variant == "hard" else "easy"
   c = default.get_config().unlock()
   c.data.dataset = f"procedural_clevr/{level}_64"
-  c.data.train_split = "train"
+  c.data.train_split = "train[:600]"
   c.data.val_split = "validation"
   c.data.crop = ()
   c.model.image_size = 64
   c.model.num_slots = 11 if variant == "hard" else 8
   c.model.token_stride = 2
   c.training.batch_size = 16
-  c.training.num_epochs = 5
-  c.training.warmup_epochs = 0.25
-  c.training.learning_rate = 2e-3
+  c.training.num_steps = 500
+  c.training.warmup_epochs = 1.0
+  c.training.learning_rate = 3e-3
+  c.training.weight_decay = 1e-4
+  c.composite.rounds = 2
   c.spectral.sigma = 0.08
-  c.logging.val_interval = 1
+  c.logging.log_interval = 25
+  c.logging.val_interval = 7
+  c.logging.image_interval = 250
   if variant == "baseline":
+    c.composite.rounds = 0
     c.model.use_spectral_init = False
     c.model.use_diffusion_decoder = False
     c.model.encoder = "cnn"

@@ -1,6 +1,6 @@
 """Trains, evaluates and draws on the embedded data set: `make demo`.
 
-  python launch/demo.py --output=demo
+  python launch/demo.py --config=configs/procedural.py --output=demo
 
 Ends with one line `RESULT {json}`: scores on the test split of the trained
 model, of the same model before its first step (`*_step0`) and of the
@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from spectraldiffusion_jax import command
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/procedural.py", "Config file.", lock_config=True
+  "config", None, "Config file, with an optional :variant.", lock_config=True
 )
 OUTPUT = flags.DEFINE_string(
   "output", "demo", "Folder of the run, the report and the pictures."

@@ -85,6 +85,7 @@ class _Loop:
     self.checkpoints, self.writer = checkpoints, writer
     self.config, self.length = run.config, run.length
     self.scores = {}  # of the latest validation
+    self.advised = set()  # problems that were named at the last log
     self.watch = divergence.Watch(
       folder, max_skips=self.config.training.max_skips
     )
@@ -148,8 +149,11 @@ class _Loop:
     loss, ari = row["train/loss"], self.scores.get("val/ari")
     row |= self.progress.log(step, loss, ari)
     self.writer.write_scalars(step, row)
-    for line in diagnostics.advice(values):
-      print(line)
+    advice = diagnostics.advice(values)
+    named = {line.partition(":")[0] for line in advice}
+    if named - self.advised:
+      print("\n".join(advice))
+    self.advised = named
 
   def _draw(self, state: TrainState, step: int) -> None:
     """Pictures of a fixed validation batch, to TensorBoard."""

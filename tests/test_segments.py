@@ -141,3 +141,9 @@ def test_slot_order_puts_the_rim_first_then_falling_area():
   share[2, 2] = np.eye(4)[0]
   order = segments.slot_order(jnp.asarray(share))
   assert order.tolist() == [2, 3, 0, 1]
+
+
+def test_slot_order_of_equal_segments_follows_their_first_token():
+  share = np.eye(4, dtype=np.float32)[[[3, 1], [0, 2]]]
+  order = segments.slot_order(jnp.asarray(share))
+  assert order.tolist() == [3, 1, 0, 2]

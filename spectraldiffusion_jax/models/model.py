@@ -185,8 +185,11 @@ class SpectralDiffusion(nn.Module):
       keys = nn.Dense(self.key_dim, name="to_keys")(tokens)
       keys, chance = nn.LayerNorm(name="key_norm")(keys), None
     else:
-      chance = jax.nn.sigmoid(features.field[..., :1])
-      pixels = chance * instance_field.keys(features.field)
+      # The field answers to exact masks alone: pulled by the slots' prior and
+      # decoder as well, votes of different objects drift together.
+      field = jax.lax.stop_gradient(features.field)
+      chance = jax.nn.sigmoid(field[..., :1])
+      pixels = chance * instance_field.keys(field)
       chance = pool_grid(chance, grid)
       keys = pool_grid(pixels, grid) / (chance + 1e-6)
       keys = keys.reshape(*tokens.shape[:2], -1)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.ops import spectral
-from spectraldiffusion_jax.ops.graph import Graph, LandmarkGraph
+from spectraldiffusion_jax.ops.graph import Graph
 
 _EXACT = "highest"
 # From the wanted eigenvalues and one more to the number of clusters.
@@ -157,13 +157,6 @@ def graph_clusters(
     raise UserError(
       f"count_rule={count_rule!r}: choose one of {', '.join(COUNT_RULES)}"
     )
-  matvec, lead = spectral.normalised_operator(graph)
-  pairs = spectral.leading_eigenpairs(
-    matvec,
-    lead,
-    count=count + 1,
-    rounds=rounds,
-    low=0.0 if isinstance(graph, LandmarkGraph) else -1.0,
-  )
+  pairs = spectral.graph_eigenpairs(graph, count=count + 1, rounds=rounds)
   used = COUNT_RULES[count_rule](pairs.value)
   return cpqr(pairs.vector[:, :count], count=used, hard=hard)

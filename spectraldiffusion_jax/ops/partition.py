@@ -1,6 +1,7 @@
 """The training-free step: features to a partition, partition to masks."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,24 @@ def spectral_partition(
   if mode not in MODES:
     raise UserError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
   return MODES[mode](features, num_slots=num_slots, **options)
+
+
+def over_images(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Maps a function of one image over the leading axis of its arguments.
+
+  A vmap, except on a CPU, where one image after the other is 1.7 times as
+  fast: XLA's batched products of small matrices are slower there than the
+  same products in turn.
+  """
+
+  def batched(*arrays):
+    return jax.lax.platform_dependent(
+      *arrays,
+      cpu=lambda *rows: jax.lax.map(lambda row: function(*row), rows),
+      default=jax.vmap(function),
+    )
+
+  return batched
 
 
 def _at_least_one(**numbers):

@@ -205,11 +205,18 @@ def merged_segments(
 def slot_order(share: Float[Array, "h w K"]) -> Int[Array, " K"]:
   """Order of segments: most border contact first, then by falling area.
 
-  The segment that touches the image's rim most is taken as background.
+  The segment that touches the image's rim most is taken as background. Equal
+  segments go by their first token, so that the order depends on the masks
+  alone and not on the order the columns came in.
   """
+  slots = share.shape[-1]
   area = jnp.sum(share, axis=(0, 1))
   rim = jnp.sum(share[0] + share[-1], axis=0)
   rim += jnp.sum(share[:, 0] + share[:, -1], axis=0)
-  background = jax.nn.one_hot(jnp.argmax(rim), area.shape[0])
+  owner = jnp.argmax(share, axis=-1).reshape(-1, 1)
+  # Of an empty column argmax is 0; its area of 0 puts it last all the same.
+  first = jnp.argmax(owner == jnp.arange(slots)[None, :], axis=0)
+  background = jnp.lexsort((first, -rim))[0]
   # An area never exceeds the grid, so twice the grid comes first.
-  return jnp.argsort(-(area + background * 2 * share[..., 0].size))
+  lift = 2.0 * owner.shape[0] * jax.nn.one_hot(background, slots)
+  return jnp.lexsort((first, -(area + lift)))
