@@ -13,6 +13,7 @@ VERSION = re.search(
 
 TEST = [
   "beartype>=0.22",
+  "huggingface_hub>=1.0",
   "pytest>=8.4",
   "pytest-timeout>=2.4",
   "pytest-xdist>=3.8",
@@ -45,6 +46,7 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=11",
+    "safetensors>=0.6",
     "scipy>=1.15",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
@@ -54,6 +56,6 @@ setup(
     "test": TEST,
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
-    "convert": ["huggingface_hub>=1.0", "safetensors>=0.6"],
+    "convert": ["huggingface_hub>=1.0"],
   },
 )

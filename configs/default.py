@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.sigma = 0.06  # affinity scale, Lab / 100 units, mode graph [here]
   spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
   spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]
-  spectral.merge = 0.08  # smallest boundary contrast kept, Lab / 100 [here]
+  spectral.merge = 0.07  # smallest boundary contrast kept, Lab / 100 [here]
 
   c.mamba_slot = mamba = ConfigDict()
   mamba.d_state = 64  # S, SSM state width a head [guide]

@@ -36,6 +36,7 @@ def get_config(variant: str = "easy") -> ConfigDict:
   c.training.weight_decay = 1e-4
   c.composite.rounds = 2
   c.spectral.sigma = 0.08
+  c.spectral.merge = 0.08
   c.logging.log_interval = 25
   c.logging.val_interval = 7
   c.logging.image_interval = 250

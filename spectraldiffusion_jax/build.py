@@ -23,6 +23,7 @@ from spectraldiffusion_jax.models import (
   slot_update,
   ssm,
   unet,
+  vit_variants,
 )
 from spectraldiffusion_jax.models import (
   model as model_lib,
@@ -46,11 +47,25 @@ def grid_of(config: ConfigDict) -> tuple[int, int]:
 
 
 def make_encoder(config: ConfigDict) -> nn.Module:
-  """The encoder named by model.encoder, or the frozen DINOv2 backbone."""
+  """The encoder named by model.encoder."""
   model, dtype = config.model, DTYPES[config.model.compute_dtype]
   if model.encoder == "cnn":
     return encoder.CNNEncoder(
       width=model.width, stride=model.token_stride, dtype=dtype
+    )
+  if model.encoder == "vit_tiny":
+    side = model.image_size // model.token_stride
+    return encoder.ViTEncoder(
+      vit=vit_variants.make_vit(
+        "vit_tiny",
+        patch=model.token_stride,
+        grid=side,
+        depth=4,
+        width=4 * model.width,
+        heads=max(1, model.width // 16),
+        hidden=16 * model.width,
+        dtype=dtype,
+      )
     )
   fusion = None
   if config.mamba_slot.use_spatial_fusion:
@@ -73,7 +88,6 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
     )
     return diffusion_decoder.DiffusionDecoder(
       denoiser=kind(width=config.diffusion.width, dtype=dtype),
-      source="tokens" if model.dinov2_model else "pixels",
       latent_dim=config.diffusion.latent_dim,
       num_timesteps=config.diffusion.num_timesteps,
       num_tokens=config.diffusion.num_tokens,
@@ -89,7 +103,7 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
 
 def has_field(config: ConfigDict) -> bool:
   """Whether the encoder gives every pixel a vote and a foreground logit."""
-  return config.model.encoder == "unet" and not config.model.dinov2_model
+  return config.model.encoder == "unet"
 
 
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:
@@ -120,7 +134,7 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
     )
 
   def run(features: Float[Array, "B h w E"]):
-    found = jax.vmap(one)(features)
+    found = partition.over_images(one)(features)
     return found.assignment.swapaxes(1, 2), found.active
 
   return run
@@ -176,11 +190,7 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     random_slots=random_slots,
     partition=make_partition(config) if model.use_spectral_init else None,
     stickiness=model.stickiness,
-    source="field"
-    if has_field(config)
-    else "tokens"
-    if model.dinov2_model
-    else "colour",
+    source="field" if has_field(config) else "colour",
   )
 
 
@@ -230,19 +240,24 @@ def make_training_free(
     )
     return jnp.argmax(masks, axis=0).astype(jnp.uint8)
 
-  return jax.vmap(labels)
+  return partition.over_images(labels)
 
 
 def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:
   """The objective with the config's weights and composite options."""
+  segments, options = config.model.num_slots - 1, config.composite
+  composites = objective.make_composites(
+    num_segments=segments,
+    pastes=options.pastes,
+    paste_rate=options.rate,
+    grey_object=options.grey_object,
+  )
   return objective.make_loss_fn(
     model,
+    composites,
     weights=config.loss_weights.to_dict(),
     graph_fn=make_graph(config),
-    num_segments=config.model.num_slots - 1,
-    pastes=config.composite.pastes,
-    paste_rate=config.composite.rate,
-    grey_object=config.composite.grey_object,
+    largest=segments + options.pastes,
   )
 
 

@@ -30,7 +30,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if flags.FLAGS.verbosity < 1:
       # TFDS and Orbax tell every file they open through the first logger, JAX
       # every backend that is not there through the second.
-      logging.getLogger("absl").setLevel(logging.WARNING)
+      logging.getLogger("absl").setLevel(logging.ERROR)
       logging.getLogger("jax").setLevel(logging.WARNING)
     try:
       return main(argv)

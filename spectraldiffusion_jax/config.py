@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 
 from spectraldiffusion_jax.errors import UserError, choose
 
+UNET_TILE = 16
+"""Image sides are multiples of this many pixels for the U-Net."""
+
 FREE = (
   "logging.",
   "data.data_root",
@@ -118,12 +121,28 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_tiling(config: ConfigDict) -> None:
-  size, stride = config.model.image_size, config.model.token_stride
-  if not config.model.dinov2_model and size % stride:
-    near = max(stride, round(size / stride) * stride)
+  """Raises a UserError if the encoder cannot take the image size."""
+  model = config.model
+  if model.dinov2_model:
     raise UserError(
-      f"model.image_size={size} cannot be tiled by model.token_stride={stride}"
-      f": use a multiple of {stride}, for example {near}"
+      f"model.dinov2_model={model.dinov2_model!r}: slots on a frozen backbone "
+      "are not built yet; leave it empty (model.encoder is trained instead), "
+      "or use the features themselves through load_backbone"
+    )
+  size, stride = model.image_size, model.token_stride
+  # The U-Net halves a 2-pixel grid three times.
+  tile = max(stride, UNET_TILE) if model.encoder == "unet" else stride
+  if size % tile:
+    near = max(tile, round(size / tile) * tile)
+    raise UserError(
+      f"model.image_size={size} cannot be tiled by the {model.encoder} encoder"
+      f" at model.token_stride={stride}: use a multiple of {tile}, for example"
+      f" {near}"
+    )
+  if model.encoder == "unet" and stride not in (2, 4, 8):
+    raise UserError(
+      f"model.token_stride={stride}: the unet encoder has tokens of 2, 4 or 8"
+      " pixels"
     )
 
 

@@ -85,31 +85,19 @@ def field_terms(
   return instance_field.losses(field, target, weight)
 
 
-def make_loss_fn(
-  model: nn.Module,
-  *,
-  weights: Mapping[str, float],
-  graph_fn: GraphFn,
-  num_segments: int,
-  pastes: int,
-  paste_rate: float,
-  grey_object: float,
-) -> LossFn:
-  """The loss (params, batch, rngs) -> scalar, metrics.
+def make_composites(
+  *, num_segments: int, pastes: int, paste_rate: float, grey_object: float
+) -> Callable[[dict, Array], tuple[Array, Array, Array]]:
+  """The function (batch, key) -> image, labels and where labels are exact.
 
   Args:
-    model: maps (image, labels) to a ModelOutput.
-    weights: weight of each term; one that the model does not produce is left
-      out, one of weight 0 is logged only.
-    graph_fn: see `model_terms`.
-    num_segments: largest id of the label maps.
+    num_segments: largest id of the batch's label maps.
     pastes: most pieces pasted into one image.
     paste_rate: share of images that are pasted into.
     grey_object: chance that a segment turns grey on its own.
   """
-  largest = num_segments + pastes
 
-  def composites(batch: dict, key: Array):
+  def composites(batch: dict, key: Array) -> tuple[Array, Array, Array]:
     paste, tint = jax.random.split(key)
     made = composite.compose(
       paste,
@@ -120,10 +108,36 @@ def make_loss_fn(
       rate=paste_rate,
     )
     image = composite.recolour(
-      tint, made.images, made.labels, num=largest, grey_object=grey_object
+      tint,
+      made.images,
+      made.labels,
+      num=num_segments + pastes,
+      grey_object=grey_object,
     )
     known = batch["exact"][:, None, None]
     return image, made.labels, jnp.maximum(made.exact, known)
+
+  return composites
+
+
+def make_loss_fn(
+  model: nn.Module,
+  composites: Callable[[dict, Array], tuple[Array, Array, Array]],
+  *,
+  weights: Mapping[str, float],
+  graph_fn: GraphFn,
+  largest: int,
+) -> LossFn:
+  """The loss (params, batch, rngs) -> scalar, metrics.
+
+  Args:
+    model: maps (image, labels) to a ModelOutput.
+    composites: see `make_composites`.
+    weights: weight of each term; one that the model does not produce is left
+      out, one of weight 0 is logged only.
+    graph_fn: see `model_terms`.
+    largest: largest id in the labels of composites.
+  """
 
   def loss_fn(params: dict, batch: dict, rngs: dict) -> tuple[Array, Metrics]:
     image, labels, exact = batch["image"], None, None

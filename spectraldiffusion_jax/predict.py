@@ -14,6 +14,7 @@ from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.segmenter import Segmenter
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SHEET = "contact_sheet.png"
 SHEET_IMAGES = 24  # most images on the contact sheet
 
 
@@ -97,16 +98,8 @@ def predict(
   Raises:
     UserError: the output folder holds results already, or cannot be written.
   """
-  sheet = output / "contact_sheet.png"
-  if sheet.exists() and not overwrite:
-    raise UserError(
-      f"--output={output} holds results already; use --overwrite to replace"
-      " them, or another folder"
-    )
-  try:
-    output.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"--output={output}: {error.strerror}") from None
+  sheet = output / SHEET
+  _prepare(output, overwrite=overwrite)
   summary, shown = Summary([], []), []
   names = output_names(paths)
   for start in range(0, len(paths), batch_size):
@@ -123,26 +116,38 @@ def predict(
         summary.failed.append((path, str(error)))
     found = model.segment([image for _, image in chunk])
     for (name, image), segmentation in zip(chunk, found, strict=True):
-      labels = segmentation.labels
-      visualise.write_labels(output / f"{name}_labels.png", labels)
-      visualise.write_png(output / f"{name}_masks.png", colour_masks(labels))
-      visualise.write_png(
-        output / f"{name}_overlay.png",
-        visualise.large_overlay(image, labels, height=max(image.shape[0], 320)),
-      )
+      _write_one(output, name, image, segmentation.labels)
       if len(shown) < SHEET_IMAGES:
         count = segmentation.num_segments
-        shown.append((image, labels, f"{name}: {count} segments"))
+        shown.append((image, segmentation.labels, f"{name}: {count} segments"))
   if shown:
     images, labels, captions = zip(*shown, strict=True)
-    visualise.write_png(
-      sheet,
-      visualise.panels(
-        images,
-        labels,
-        captions=captions,
-        limit=SHEET_IMAGES,
-        columns=2 if len(shown) > 1 else 1,
-      ),
+    columns = 2 if len(shown) > 1 else 1
+    picture = visualise.panels(
+      images, labels, captions=captions, limit=SHEET_IMAGES, columns=columns
     )
+    visualise.write_png(sheet, picture)
   return summary
+
+
+def _prepare(output: pathlib.Path, *, overwrite: bool) -> None:
+  """Makes the output folder; refuses one that holds results."""
+  if (output / SHEET).exists() and not overwrite:
+    raise UserError(
+      f"--output={output} holds results already; use --overwrite to replace"
+      " them, or another folder"
+    )
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--output={output}: {error.strerror}") from None
+
+
+def _write_one(output, name, image, labels) -> None:
+  """Label map, coloured masks and overlay of one image."""
+  visualise.write_labels(output / f"{name}_labels.png", labels)
+  visualise.write_png(output / f"{name}_masks.png", colour_masks(labels))
+  overlay = visualise.large_overlay(
+    image, labels, height=max(image.shape[0], 320)
+  )
+  visualise.write_png(output / f"{name}_overlay.png", overlay)

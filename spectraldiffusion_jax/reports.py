@@ -1,7 +1,6 @@
 """Evaluation of a finished run: table, JSON report, paired comparison."""
 
 import functools
-import json
 import pathlib
 
 import jax
@@ -54,15 +53,53 @@ def evaluate_run(
     UserError: run, data set or split do not exist.
   """
   model = segmenter.load(workdir)
-  config, data = model.config, model.config.data
-  dataset = dataset or data.dataset
+  dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  rows = sharding.batch_rows(mesh)
+  batches = _batches(
+    model.config,
+    dataset,
+    split,
+    data_root or model.config.data.data_root,
+    batch_size=batch_size,
+    rows=sharding.batch_rows(mesh),
+  )
+  run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
+  jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
+  params = jax.device_put(model.params, sharding.replicated(mesh))
+  trained = run(functools.partial(jit(model.labels), params))
+  free = run(jit(build.make_training_free(model.config)))
+  print(
+    evaluate.table({"model": trained.summary, "training-free": free.summary})
+  )
+  report = (
+    trained.summary
+    | paired(trained, free)
+    | {
+      **{f"{k}_training_free": free.summary[k] for k in COMPARED},
+      "dataset": dataset,
+      "split": split,
+      "workdir": workdir,
+      "seconds": round(trained.seconds, 3),
+      "version": __version__,
+      "jax": jax.__version__,
+      "device": jax.devices()[0].device_kind,
+    }
+  )
+  if jax.process_index() == 0:
+    path = output / evaluate.report_name(dataset, split)
+    evaluate.write_report(path, report)
+    print(f"written to {path}")
+  return report
+
+
+def _batches(config, dataset, split, data_root, *, batch_size, rows):
+  """The split as the run saw its data, in batches the devices can share."""
+  data = config.data
   size = batch_size or config.training.batch_size
-  batches = pipeline.make_eval(
+  return pipeline.make_eval(
     dataset=dataset,
     split=split,
-    data_root=data_root or data.data_root,
+    data_root=data_root,
     image_size=config.model.image_size,
     crop=crop_for(dataset, data),
     max_objects=data.max_objects or None,
@@ -72,33 +109,6 @@ def evaluate_run(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
-  place = functools.partial(
-    jax.jit, out_shardings=sharding.batch_sharding(mesh)
-  )
-  params = jax.device_put(model.params, sharding.replicated(mesh))
-  trained = run(functools.partial(place(model.labels), params))
-  free = run(place(build.make_training_free(config)))
-  print(
-    evaluate.table({"model": trained.summary, "training-free": free.summary})
-  )
-  report = {
-    **trained.summary,
-    **paired(trained, free),
-    **{f"{k}_training_free": free.summary[k] for k in COMPARED},
-    "dataset": dataset,
-    "split": split,
-    "workdir": workdir,
-    "seconds": round(trained.seconds, 3),
-    "version": __version__,
-    "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
-  }
-  if jax.process_index() == 0:
-    path = output / evaluate.report_name(dataset, split)
-    evaluate.write_report(path, report)
-    print(f"written to {path}")
-  return json.loads(json.dumps(report))
 
 
 def crop_for(dataset: str, data) -> tuple[int, int, int, int] | None:

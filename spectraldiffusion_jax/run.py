@@ -1,6 +1,5 @@
 """The parts of a run, assembled once from its config."""
 
-import contextlib
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -21,21 +20,10 @@ from spectraldiffusion_jax import (
   visualise,
 )
 from spectraldiffusion_jax.data import pipeline
+from spectraldiffusion_jax.data.rendered import joined
 from spectraldiffusion_jax.evaluate import Segment
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.types import Batch
-
-
-def _joined(own: Iterator[Batch], rendered: Iterator[Batch]):
-  """Batches of both, one after the other; rendered masks become labels."""
-  with contextlib.closing(own), contextlib.closing(rendered):
-    for real, drawn in zip(own, rendered, strict=False):
-      drawn = drawn | {"labels": drawn["segmentation"].astype(np.uint8)}
-      flags = np.repeat([0, 1], [len(real["index"]), len(drawn["index"])])
-      names = ("image", "labels", "index", "mask", "segmentation")
-      yield {n: np.concatenate([real[n], drawn[n]]) for n in names} | {
-        "exact": flags.astype(np.float32)
-      }
 
 
 class Run:
@@ -191,7 +179,7 @@ class Run:
     rendered = pipeline.make_train(
       **where, **(shared | {"crop": None}), batch_size=extra
     )
-    return _joined(own, rendered)
+    return joined(own, rendered)
 
   def _extra_rows(self) -> int:
     """Rows of a batch that come from `data.extra_dataset`."""

@@ -8,7 +8,10 @@ and comments alike:
   F  encoder feature width    K    slots        D  slot width
   E  key width (the space in which slots compete for tokens)
   R  spectral rank            L    scan length  S  SSM state width
-  M  heads                    T    refinement iterations
+  M  heads                    P    width of a head
+  T  refinement iterations    J    components of a learned mixture
+  Q  graph neighbours, or tokens of a chunk
+  O  objects and P points, in the renderer
   t  diffusion time in [0, 1]
 """
 

@@ -1,3 +1,5 @@
+"""Copy-paste composites: exact masks, honest alpha, solid donors."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

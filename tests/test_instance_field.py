@@ -1,3 +1,5 @@
+"""Targets, losses and decoding of the instance field."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,11 +1,14 @@
 """The training-free step as a whole: scenes, bad input, batches, memory."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from spectraldiffusion_jax.data import tfrecord
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.ops import color, partition, refine
 
@@ -249,3 +252,22 @@ def test_8192_tokens_compile_to_bounded_memory(mode):
   memory = step.lower(features).compile().memory_analysis()
   # All pairs of 8,192 tokens in float32 would be 256 MiB on their own.
   assert memory.temp_size_in_bytes < 200 * 2**20
+
+
+@pytest.mark.slow
+def test_real_clevr_scenes_reach_the_recorded_scores(shared_data):
+  path = shared_data / "clevr_with_masks" / "clevr_with_masks_train.tfrecords"
+  find = jax.jit(partition.training_free)
+  full, objects = [], []
+  for record in itertools.islice(tfrecord.read_examples(path), 24):
+    image = record.get("image", (240, 320, 3), np.uint8)
+    mask = record.get("mask", (11, 240, 320, 1), np.uint8)
+    truth = mask[..., 0].argmax(0)[29:221, 64:256][::3, ::3].ravel()
+    image = jnp.asarray(image[29:221, 64:256], jnp.float32) / 255
+    image = color.pool_to_grid(image, grid=(64, 64))
+    found = np.argmax(find(image)[0], axis=0).ravel()
+    full.append(adjusted_rand_score(truth, found))
+    seen = truth > 0
+    objects.append(adjusted_rand_score(truth[seen], found[seen]))
+  # 0.90 and 0.89 over scenes 800-999, with a spread of 0.13 per scene.
+  assert np.mean(objects) > 0.82 and np.mean(full) > 0.8

@@ -263,7 +263,8 @@ def test_counts_find_blocks_and_components():
   )
   assert int(spectral.eigengap_count(find(joined))) == 4
   assert int(spectral.count_above(find(apart), threshold=0.999)) == 4
-  assert int(spectral.count_above(find(joined), threshold=0.999)) == 1
+  assert int(spectral.count_above(find(joined), threshold=0.999)) == 2
+  assert int(spectral.count_above(jnp.array([1.0]), threshold=0.9)) == 1
   falling = jnp.array([1.0, 0.2, 0.1, 0.0])
   assert int(spectral.eigengap_count(falling)) == 2  # never one cluster
 

@@ -29,3 +29,18 @@ class CNNEncoder(nn.Module):
     x = layers.PositionEmbedding()(x)
     x = nn.LayerNorm(dtype=self.dtype)(x)
     return Features(layers.MLP((self.width, self.width), self.dtype)(x))
+
+
+class ViTEncoder(nn.Module):
+  """A small vision transformer trained from scratch; there is no field.
+
+  Args:
+    vit: of models/vit_variants.py; its patch is the token's side in pixels.
+  """
+
+  vit: nn.Module
+
+  @nn.compact
+  def __call__(self, image: Float[Array, "B H W 3"]) -> Features:
+    """Tokens [B h w F] after the last norm."""
+    return Features(self.vit(2 * image - 1).tokens)

@@ -33,7 +33,7 @@ def graph_partition(
   sigma: float | None = None,
   tau: float = 0.07,
   clusters: int | None = None,
-  count_rule: str = "fixed",
+  count_rule: str = "threshold",
   max_fragments: int = 64,
 ) -> Partition:
   """Cuts the stencil-and-far-edges graph, then merges by border contrast.
@@ -50,7 +50,8 @@ def graph_partition(
     tau: Border contrast from which regions stay apart, in units of contrast.
     clusters: Eigenvectors clustered; 4/5 of num_slots if None, as unconnected
       parts of a cluster become regions of their own.
-    count_rule: How many of them are used, see `graph_clusters`.
+    count_rule: How many of them are used, see `graph_clusters`; the default
+      takes fewer where a scene has fewer things, which then split less often.
     max_fragments: Size of the merge table, see `merged_segments`.
 
   Returns:

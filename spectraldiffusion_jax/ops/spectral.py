@@ -271,5 +271,5 @@ def eigengap_count(
 def count_above(
   value: Float[Array, " R"], *, threshold: float
 ) -> Int[Array, ""]:
-  """Number of eigenvalues above a threshold, at least 1."""
-  return jnp.maximum(jnp.sum(value > threshold), 1)
+  """Number of eigenvalues above a threshold, at least 2 if there are 2."""
+  return jnp.maximum(jnp.sum(value > threshold), min(2, value.shape[0]))

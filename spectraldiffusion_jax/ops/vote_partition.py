@@ -16,10 +16,6 @@ from spectraldiffusion_jax.ops import clustering, spectral
 from spectraldiffusion_jax.ops.affinity import DenseGraph, squared_distance
 from spectraldiffusion_jax.ops.partition import Partition
 
-UNIFORM = 1e-3
-"""Degree of a token without partners, such as those of the background."""
-
-
 LEAST = 0.3
 """Chance of being foreground from which a token takes part."""
 
@@ -54,6 +50,25 @@ def _sample(chance: Float[Array, " N"], limit: int) -> Int[Array, " M"]:
   return jax.lax.top_k(score, min(limit, size))[1]
 
 
+def _operator(graph: DenseGraph) -> tuple[spectral.Matvec, Float[Array, " N"]]:
+  """The operator D^-1/2 W D^-1/2 and its first eigenvector.
+
+  Background tokens are mapped to 0, where they belong to no component. Every
+  other token has a loop (its weight with itself), so that its degree is at
+  least LEAST.
+  """
+  degree = graph.degree()
+  present = degree > 0
+  inverse = jnp.where(present, jax.lax.rsqrt(jnp.maximum(degree, LEAST)), 0.0)
+
+  def matvec(x):
+    return inverse[:, None] * graph.matvec(inverse[:, None] * x)
+
+  # All-zero only for an image without foreground; any unit vector will do.
+  lead = jnp.where(present.any(), jnp.sqrt(degree), 1.0)
+  return matvec, lead / jnp.linalg.norm(lead)
+
+
 def vote_partition(
   features: Float[Array, "h w 3"],
   *,
@@ -80,12 +95,12 @@ def vote_partition(
   tokens = features.reshape(-1, 3)
   chosen = _sample(tokens[:, 0], limit)
   graph = vote_graph(tokens[chosen], sigma=sigma)
-  matvec, lead = spectral.normalised_operator(graph, uniform=UNIFORM)
+  matvec, lead = _operator(graph)
   wanted = max(1, min(num_slots - 1, chosen.shape[0]))
   pairs = spectral.leading_eigenpairs(
     matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
   )
-  count = spectral.count_above(pairs.value, threshold=threshold)
+  count = jnp.maximum(jnp.sum(pairs.value > threshold), 1)
   share = clustering.cpqr(pairs.vector, count=count)
   chance = jnp.where(tokens[:, :1] > LEAST, tokens[:, :1], 0.0)
   objects = jnp.zeros((tokens.shape[0], wanted)).at[chosen].set(share)
