@@ -44,10 +44,7 @@ def evaluate_run(
     dataset: data set, "" for the run's own.
     data_root: folder of data sets, "" for the run's own.
     batch_size: images a step, 0 for the run's own.
-    output: folder of DATASET_SPLIT.json.
-
-  Returns:
-    What is written.
+    output: folder of DATASET_SPLIT.json, whose content is returned.
 
   Raises:
     UserError: run, data set or split do not exist.
