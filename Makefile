@@ -16,7 +16,7 @@ $(VENV)/.test: setup.py $(VENV)/.base
 
 demo: $(VENV)/.base  ## train, evaluate and draw on the embedded data set
 	$(BIN)/python launch/demo.py --config=configs/procedural.py --output=demo \
-	  --overwrite --started=$(STARTED)
+	  --started=$(STARTED)
 
 test: $(VENV)/.test  ## the whole suite but the slow checks
 	$(BIN)/python -m pytest -n 2
