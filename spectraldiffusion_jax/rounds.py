@@ -7,6 +7,7 @@ that is stopped in the middle of a round continues with the same ones.
 """
 
 import pathlib
+import shutil
 from collections.abc import Iterable
 
 import jax
@@ -81,3 +82,9 @@ def save(workdir: pathlib.Path, first_step: int, labels: np.ndarray) -> None:
   with open(partial, "wb") as out:
     np.save(out, labels)
   partial.replace(file)
+
+
+def copy(source: pathlib.Path, workdir: pathlib.Path) -> None:
+  """Takes over the labels of the run that a new one starts from."""
+  if (source / FOLDER).is_dir():
+    shutil.copytree(source / FOLDER, workdir / FOLDER, dirs_exist_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax import diagnostics, divergence, writers
+from spectraldiffusion_jax import diagnostics, divergence, rounds, writers
 from spectraldiffusion_jax import workdir as workdir_lib
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.errors import UserError
@@ -70,10 +70,11 @@ def _first_state(run: Run, checkpoints: Checkpoints, resume: str) -> TrainState:
   other = pathlib.Path(resume).expanduser()
   if not (other / workdir_lib.CONFIG_FILE).exists():
     raise UserError(f"--resume={resume} is not the workdir of a run")
-  with Checkpoints(other) as source:
+  with Checkpoints(other, read_only=True) as source:
     restored = source.restore_latest(run.abstract_state)
   if restored is None:
     raise UserError(f"--resume={resume} holds no checkpoint yet")
+  rounds.copy(other, checkpoints.folder.parent)
   return restored[0]
 
 

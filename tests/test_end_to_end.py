@@ -78,6 +78,13 @@ def lines(run):
   return [json.loads(line) for line in text.splitlines()]
 
 
+def timeless(run):
+  return [
+    {k: v for k, v in line.items() if not k.endswith("per_second")}
+    for line in lines(run)
+  ]
+
+
 def parameters(run):
   return sd.load(run).params
 
@@ -115,7 +122,9 @@ def test_metrics_have_the_guides_names_and_no_gap(place):
   assert {"val/ari", "val/fg_ari", "val/mbo"} <= logged[-1].keys()
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
   run = place["root"] / f"killed-{kill.name}"
   flags = [*TINY, f"--workdir={run}"]
@@ -127,19 +136,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
     time.sleep(0.02)
   process.send_signal(kill)
   process.communicate(timeout=100)
-  assert process.returncode == (75 if kill == signal.SIGTERM else -kill)
+  assert process.returncode == (-kill if kill == signal.SIGKILL else 75)
   code, _, err = command("train", *flags, **where)
   assert code == 0, err
   same(parameters(run), parameters(place["run"]))
-  timeless = [
-    {k: v for k, v in line.items() if not k.endswith("per_second")}
-    for line in lines(run)
-  ]
-  whole = [
-    {k: v for k, v in line.items() if not k.endswith("per_second")}
-    for line in lines(place["run"])
-  ]
-  assert timeless == whole
+  assert timeless(run) == timeless(place["run"])
 
 
 def test_a_complete_run_is_left_alone(place):
@@ -153,6 +154,31 @@ def test_a_complete_run_is_left_alone(place):
   )
   assert code == 0 and "complete" in out
   assert (place["run"] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_can_start_from_the_state_of_another(place):
+  run = place["root"] / "resumed"
+  flags = [
+    *TINY,
+    f"--workdir={run}",
+    f"--resume={place['run']}",
+    f"--config.training.num_steps={STEPS + 2}",
+    "--config.composite.rounds=1",
+  ]
+  code, out, err = command(
+    "train", *flags, data=place["data"], cache=place["cache"]
+  )
+  assert code == 0, err
+  assert [line["step"] for line in lines(run)] == [STEPS + 2]
+  code, _, err = command(
+    "train",
+    *TINY,
+    f"--workdir={place['root'] / 'other'}",
+    f"--resume={place['root']}",
+    data=place["data"],
+    cache=place["cache"],
+  )
+  assert code == 2 and "--resume" in err
 
 
 def test_another_config_is_refused_by_field(place):

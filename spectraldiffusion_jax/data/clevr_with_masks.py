@@ -7,7 +7,6 @@ whole file's checksum and counts the records, the second checks and stores them.
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import io
@@ -23,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spectraldiffusion_jax.data import tfrecord
+from spectraldiffusion_jax.data.quiet import tfds_silent
 from spectraldiffusion_jax.errors import UserError
 
 HEIGHT, WIDTH, ENTRIES = 240, 320, 11  # entry 0 is the background
@@ -149,7 +149,7 @@ def prepare(
     ) from error
   try:
     builder = ClevrWithMasks(data_dir=scratch, source=source)
-    with _tfds_silent():
+    with tfds_silent():
       builder.download_and_prepare()
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -279,14 +279,3 @@ def _progress(path: pathlib.Path, verb: str) -> tqdm:
     mininterval=0.5,
     leave=False,
   )
-
-
-@contextlib.contextmanager
-def _tfds_silent() -> Iterator[None]:
-  """Turns off TFDS's bars and its printed sizes: it knows neither total."""
-  tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    tfds.enable_progress_bar()

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import io
 import pathlib
 import re
 import shutil
@@ -25,6 +24,7 @@ from spectraldiffusion_jax.data.clevr_stream import (
   render_scenes,
   stream_scenes,
 )
+from spectraldiffusion_jax.data.quiet import tfds_silent
 from spectraldiffusion_jax.errors import UserError
 
 __all__ = [
@@ -142,17 +142,6 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def _tfds_silent() -> Iterator[None]:
-  """Leaves the terminal to this module's bar, which knows the totals."""
-  tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    tfds.enable_progress_bar()
-
-
 def _prepare_now(opened, final: pathlib.Path) -> None:
   if final.exists():
     return
@@ -160,7 +149,7 @@ def _prepare_now(opened, final: pathlib.Path) -> None:
   # killed process left is never taken for data.
   for leftover in final.parent.glob(f"incomplete.*_{final.name}"):
     shutil.rmtree(leftover)
-  with _tfds_silent():
+  with tfds_silent():
     opened().download_and_prepare()
 
 

@@ -1,0 +1,94 @@
+"""Every config there is trains one step, made small by width alone."""
+
+import functools
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from spectraldiffusion_jax import build, optim, train_state, train_step
+from spectraldiffusion_jax import config as config_lib
+from spectraldiffusion_jax.errors import UserError
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
+NOT_BUILT = {("clevr", "dinov2")}
+
+
+def every_config():
+  for path in sorted(FOLDER.glob("*.py")):
+    if path.stem != "__init__":
+      module = importlib.import_module(f"configs.{path.stem}")
+      for variant in getattr(module, "VARIANTS", ("",)):
+        yield path.stem, variant
+
+
+def get(name, variant):
+  module = importlib.import_module(f"configs.{name}")
+  return module.get_config(variant) if variant else module.get_config()
+
+
+@pytest.mark.parametrize(("name", "variant"), sorted(NOT_BUILT))
+def test_what_is_not_built_says_so(name, variant):
+  with pytest.raises(UserError, match="not built yet"):
+    config_lib.validate(get(name, variant))
+
+
+@pytest.mark.parametrize(
+  ("name", "variant"), sorted(set(every_config()) - NOT_BUILT)
+)
+def test_one_step(name, variant):
+  config = get(name, variant)
+  config_lib.validate(config)
+  with config.unlocked():
+    config.model.image_size, config.model.width = 32, 8
+    config.model.num_slots, config.model.slot_dim = 5, 16
+    config.model.num_iterations, config.mamba_slot.d_state = 1, 4
+    config.diffusion.width = 8
+  sections = ("model", "spectral", "mamba_slot", "diffusion", "composite")
+  step_once(
+    json.dumps(
+      {s: config[s].to_dict() for s in (*sections, "loss_weights")},
+      sort_keys=True,
+    )
+  )
+
+
+@functools.cache
+def step_once(sections: str) -> None:
+  """One step; variants that differ in data or length alone share it."""
+  config = config_lib.from_dict(json.loads(sections))
+  schedule = optim.make_schedule(
+    learning_rate=1e-3, length=optim.Length(1, 10, 0, 1)
+  )
+  tx = optim.make_optimizer(schedule, weight_decay=0.01, grad_clip=1.0)
+  model = build.make_model(config)
+  step = train_step.make_train_step(
+    build.make_loss_fn(config, model), tx, schedule=schedule, seed=0
+  )
+  batch = make_batch(labels=bool(config.composite.rounds))
+
+  @jax.jit
+  def run(batch):
+    state = train_state.create(model, tx, batch["image"], 0)
+    return state.params, step(state, batch)
+
+  before, (after, metrics) = jax.device_get(run(batch))
+  assert float(metrics["finite"]) == 1 and np.isfinite(metrics["loss"])
+  moved = jax.tree.map(
+    lambda a, b: not np.array_equal(a, b), before, after.params
+  )
+  assert any(jax.tree.leaves(moved)) and int(after.step) == 1
+  assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+
+
+def make_batch(*, labels: bool):
+  random = np.random.default_rng(0)
+  batch = {"image": random.uniform(size=(2, 32, 32, 3)).astype(np.float32)}
+  if labels:
+    marks, flags = np.zeros((2, 32, 32), np.uint8), np.zeros(2, np.float32)
+    marks[:, 3:13, 3:13], marks[:, 18:30, 15:29] = 1, 2
+    batch |= {"labels": marks, "exact": flags, "distrust": flags}
+  return batch
