@@ -23,14 +23,14 @@ def get_config(variant: str = "easy") -> ConfigDict:
   level = "hard" if variant == "hard" else "easy"
   c = default.get_config().unlock()
   c.data.dataset = f"procedural_clevr/{level}_64"
-  c.data.train_split = "train[:800]"
+  c.data.train_split = "train[:1000]"
   c.data.val_split = "validation"
   c.data.crop = ()
   c.model.image_size = 64
   c.model.num_slots = 11 if variant == "hard" else 8
   c.model.token_stride = 2
   c.training.batch_size = 16
-  c.training.num_steps = 700
+  c.training.num_steps = 900
   c.training.warmup_epochs = 1.0
   c.training.learning_rate = 3e-3
   c.training.weight_decay = 1e-4
