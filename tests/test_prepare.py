@@ -83,6 +83,8 @@ def test_interrupt_is_130(command):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # Jobs in the background inherit a SIGINT that is ignored.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGINT)
