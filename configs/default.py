@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
   model.decoder = "broadcast"  # broadcast | patch_mlp | none, without diffusion
   model.decoder_width = 32  # channels of the mixture decoder [here]
   model.stickiness = 0.05  # Lab / 100, of outlines moved to colour edges [here]
+  model.mirror = True  # average the field with the mirror's at inference [here]
   model.compute_dtype = "float32"  # float32 | bfloat16, of large products
 
   c.spectral = spectral = ConfigDict()

@@ -190,6 +190,7 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     random_slots=random_slots,
     partition=make_partition(config) if model.use_spectral_init else None,
     stickiness=model.stickiness,
+    mirror=model.mirror and has_field(config),
     source="field" if has_field(config) else "colour",
   )
 

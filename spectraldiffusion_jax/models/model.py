@@ -113,6 +113,21 @@ def sharpen(
   return jax.vmap(one)(image, masks)
 
 
+def mirrored(
+  encoder: Callable[[Float[Array, "B H W 3"]], Features],
+  image: Float[Array, "B H W 3"],
+) -> Features:
+  """Features of images, their field averaged with that of the mirror image.
+
+  Flipped back, a mirrored field differs in the sign of its column offsets.
+  """
+  both = encoder(jnp.concatenate([image, image[:, :, ::-1]]))
+  field, other = jnp.split(both.field, 2)
+  sign = jnp.ones(field.shape[-1]).at[2].set(-1.0)
+  other = other[:, :, ::-1] * sign[None, None, None]
+  return Features(tokens=both.tokens[: len(image)], field=0.5 * (field + other))
+
+
 class SpectralDiffusion(nn.Module):
   """The complete model; every part is a field, chosen in build.py."""
 
@@ -129,6 +144,7 @@ class SpectralDiffusion(nn.Module):
   source: str = "field"  # see graph_features
   tau: float = 2.0  # temperature of the pixels' E-step
   stickiness: float = 0.0  # of masks sharpened by colour; 0 = not sharpened
+  mirror: bool = False  # average the field over the mirror, unless training
 
   @nn.compact
   def __call__(
@@ -148,7 +164,10 @@ class SpectralDiffusion(nn.Module):
       label_slots: number of slots where labels are given.
       train: whether the decoder draws noise and predicts a target.
     """
-    features = self.encoder(image)
+    if self.mirror and not train:
+      features = mirrored(self.encoder, image)
+    else:
+      features = self.encoder(image)
     grid = features.tokens.shape[1:3]
     tokens = features.tokens.reshape(len(image), -1, features.tokens.shape[-1])
     affinity = graph_features(image, features, grid, source=self.source)
