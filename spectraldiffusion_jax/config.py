@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax.errors import UserError, choose
+from spectraldiffusion_jax.models.vit_variants import VARIANTS
 
 UNET_TILE = 16
 """Image sides are multiples of this many pixels for the U-Net."""
@@ -30,6 +31,8 @@ and how fast it runs, never what it computes."""
 
 CHOICES = {
   "model.encoder": ("unet", "cnn", "vit_tiny"),
+  "model.dinov2_model": ("", *VARIANTS),
+  "model.backbone_features": ("tokens", "keys"),
   "model.slot_init": ("gaussian", "learned"),
   "model.slot_update": ("ssm", "gru"),
   "model.decoder": ("broadcast", "patch_mlp", "none"),
@@ -68,6 +71,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
   "seed",
   "model.backbone_size",
+  "model.backbone_trainable",
   "diffusion.num_tokens",
   "spectral.merge",
   "training.num_epochs",
@@ -124,11 +128,7 @@ def _check_tiling(config: ConfigDict) -> None:
   """Raises a UserError if the encoder cannot take the image size."""
   model = config.model
   if model.dinov2_model:
-    raise UserError(
-      f"model.dinov2_model={model.dinov2_model!r}: slots on a frozen backbone "
-      "are not built yet; leave it empty (model.encoder is trained instead), "
-      "or use the features themselves through load_backbone"
-    )
+    return  # it resizes images to what it can tile
   size, stride = model.image_size, model.token_stride
   # The U-Net halves a 2-pixel grid three times.
   tile = max(stride, UNET_TILE) if model.encoder == "unet" else stride

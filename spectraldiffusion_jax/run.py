@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import (
   build,
+  build_encoder,
   evaluate,
   optim,
   rounds,
@@ -62,6 +63,7 @@ class Run:
       self._schedule,
       weight_decay=training.weight_decay,
       grad_clip=training.grad_clip,
+      trainable=build.make_trainable(config),
     )
     self._compile()
 
@@ -252,7 +254,7 @@ class Run:
         output.slots.active,
       ),
     )
-    grid = build.grid_of(self.config)
+    grid = build_encoder.grid_of(self.config)
     panels = visualise.panels(
       batch["image"],
       masks.argmax(1),
