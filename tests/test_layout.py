@@ -29,6 +29,7 @@ LAYERS = [
     objective convert
     evaluate build backbone
     rounds
+    program
     run
     segmenter train_loop
     predict reports
