@@ -1,6 +1,7 @@
 """The parts of a run, assembled once from its config."""
 
 import functools
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -47,6 +48,8 @@ class Run:
     )
     self.program = Program(config, self.mesh, self.length)
     self.abstract_state = self.program.abstract_state
+    for line in sharding.notes(self.abstract_state):
+      logging.warning("%s", line)
     self.init_state = self.program.init_state
     self.train_step = self.program.train_step
     self.eval_step = self.program.eval_step
