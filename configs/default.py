@@ -84,6 +84,9 @@ def get_config(variant: str = "") -> ConfigDict:
   training.weight_decay = 0.01  # AdamW, matrices and kernels only [guide]
   training.grad_clip = 1.0  # global norm of the gradient [guide]
   training.gradient_accumulation = 1  # micro-batches a step [guide]
+  # Computed again in the backward pass, to save memory: none | dots (all but
+  # products with parameters) | full (all of a block) [here].
+  training.remat = "none"
   training.max_skips = 0  # non-finite steps skipped before giving up [here]
 
   c.data = data = ConfigDict()

@@ -18,6 +18,7 @@ from spectraldiffusion_jax.models import (
   diffusion_decoder,
   em_attention,
   encoder,
+  layers,
   slot_attention,
   slot_init,
   slot_update,
@@ -65,29 +66,34 @@ def make_encoder(config: ConfigDict) -> nn.Module:
         heads=max(1, model.width // 16),
         hidden=16 * model.width,
         dtype=dtype,
+        remat=config.training.remat,
       )
     )
   fusion = None
   if config.mamba_slot.use_spatial_fusion:
-    fusion = ssm.SelectiveScan2D(d_state=config.mamba_slot.d_state, dtype=dtype)
+    fusion = layers.remat(ssm.SelectiveScan2D, config.training.remat)(
+      d_state=config.mamba_slot.d_state, dtype=dtype
+    )
   return unet.UNetEncoder(
     widths=tuple(round(model.width * share) for share in (1, 2, 4, 5.34)),
     stride=model.token_stride,
     embedding=config.mamba_slot.key_dim - 2,
     fusion=fusion,
     dtype=dtype,
+    remat=config.training.remat,
   )
 
 
 def make_decoder(config: ConfigDict) -> nn.Module | None:
   """The diffusion decoder, or the mixture decoder named by model.decoder."""
   model, dtype = config.model, DTYPES[config.model.compute_dtype]
+  remat = functools.partial(layers.remat, policy=config.training.remat)
   if model.use_diffusion_decoder:
     kind = choose(
       "diffusion.denoiser", config.diffusion.denoiser, denoiser.DENOISERS
     )
     return diffusion_decoder.DiffusionDecoder(
-      denoiser=kind(width=config.diffusion.width, dtype=dtype),
+      denoiser=remat(kind)(width=config.diffusion.width, dtype=dtype),
       latent_dim=config.diffusion.latent_dim,
       num_timesteps=config.diffusion.num_timesteps,
       num_tokens=config.diffusion.num_tokens,
@@ -95,10 +101,12 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
   if model.decoder == "none":
     return None
   if model.decoder == "patch_mlp":
-    return decoder.PatchMLPDecoder(
+    return remat(decoder.PatchMLPDecoder)(
       patch=model.token_stride, width=model.decoder_width, dtype=dtype
     )
-  return decoder.SpatialBroadcastDecoder(width=model.decoder_width, dtype=dtype)
+  return remat(decoder.SpatialBroadcastDecoder)(
+    width=model.decoder_width, dtype=dtype
+  )
 
 
 def has_field(config: ConfigDict) -> bool:

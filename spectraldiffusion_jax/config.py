@@ -24,6 +24,7 @@ FREE = (
   "data.cache",
   "mesh.",
   "model.backbone_weights",
+  "training.remat",
 )
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs, never what it computes."""
@@ -36,6 +37,7 @@ CHOICES = {
   "model.compute_dtype": ("float32", "bfloat16"),
   "spectral.mode": ("graph", "fused", "per_scale"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
+  "training.remat": ("none", "dots", "full"),
 }
 
 POSITIVE = (

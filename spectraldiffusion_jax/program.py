@@ -28,6 +28,7 @@ class Program:
   Attributes:
     mesh: the devices.
     model: the module.
+    optimizer: of its parameters.
     abstract_state: shapes, dtypes and shardings of a TrainState.
     abstract_batch: those of what `train_step` reads of a batch.
     init_state: () -> TrainState, born sharded.
@@ -51,7 +52,7 @@ class Program:
       length=length,
       starts=rounds.starts(length.num_steps, max(config.composite.rounds, 1)),
     )
-    self._optimizer = optim.make_optimizer(
+    self.optimizer = optim.make_optimizer(
       self._schedule,
       weight_decay=training.weight_decay,
       grad_clip=training.grad_clip,
@@ -66,7 +67,7 @@ class Program:
     size, rows = config.model.image_size, sharding.batch_rows(mesh)
     image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)
     create = functools.partial(
-      train_state.create, self.model, self._optimizer, seed=config.seed
+      train_state.create, self.model, self.optimizer, seed=config.seed
     )
     shapes = jax.eval_shape(create, image)
     self._at = sharding.state_sharding(shapes, mesh)
@@ -93,7 +94,7 @@ class Program:
   def _make_train_step(self) -> None:
     step = train_step.make_train_step(
       build.make_loss_fn(self.config, self.model),
-      self._optimizer,
+      self.optimizer,
       schedule=self._schedule,
       seed=self.config.seed,
       accumulation=self.config.training.gradient_accumulation,

@@ -65,7 +65,9 @@ def _kind(visit: hlo.Visit) -> str | None:
   return kind
 
 
-def count_collectives(program: hlo.Program, *, devices: int) -> list[Collective]:
+def count_collectives(
+  program: hlo.Program, *, devices: int
+) -> list[Collective]:
   """One row for each kind that occurs.
 
   An asynchronous collective is written out several times, at its start and
