@@ -56,6 +56,7 @@ class Program:
       self._schedule,
       weight_decay=training.weight_decay,
       grad_clip=training.grad_clip,
+      trainable=build.make_trainable(config),
     )
     self._make_state()
     self._make_train_step()

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import (
-  build,
+  build_encoder,
   evaluate,
   optim,
   rounds,
@@ -187,7 +187,7 @@ class Run:
         output.slots.active,
       ),
     )
-    grid = build.grid_of(self.config)
+    grid = build_encoder.grid_of(self.config)
     panels = visualise.panels(
       batch["image"],
       masks.argmax(1),

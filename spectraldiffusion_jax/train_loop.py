@@ -10,8 +10,14 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from spectraldiffusion_jax import (
+  build,
+  diagnostics,
+  divergence,
+  rounds,
+  writers,
+)
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax import diagnostics, divergence, rounds, writers
 from spectraldiffusion_jax import workdir as workdir_lib
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.errors import UserError
@@ -65,7 +71,7 @@ def _first_state(run: Run, checkpoints: Checkpoints, resume: str) -> TrainState:
     logging.info("continuing from step %d", restored[1]["step"])
     return restored[0]
   if not resume:
-    return run.init_state()
+    return build.first_state(run.config, run.init_state)
   other = pathlib.Path(resume).expanduser()
   if not (other / workdir_lib.CONFIG_FILE).exists():
     raise UserError(f"--resume={resume} is not the workdir of a run")

@@ -26,8 +26,9 @@ LAYERS = [
     optim sharding writers config weights pth prefetch
     train_state checkpoint preemption workdir divergence
     train_step
-    objective convert
-    evaluate build backbone
+    objective convert build_encoder
+    backbone
+    evaluate build
     rounds
     program
     run
