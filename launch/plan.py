@@ -30,6 +30,10 @@ OUTPUT = flags.DEFINE_string(
   "output", "", "Folder for the plan as JSON and text; empty: print only."
 )
 
+STEPS = flags.DEFINE_list(
+  "steps", ["train", "eval"], "Steps to compile, of train and eval."
+)
+
 
 def main(argv: list[str]) -> int:
   """Compiles, prints, and writes if asked to."""
@@ -43,7 +47,7 @@ def main(argv: list[str]) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   from spectraldiffusion_jax.plan import report, table
 
-  found = report.plan(config, topology)
+  found = report.plan(config, topology, steps=STEPS.value)
   text = table.table(found)
   print(text)
   if OUTPUT.value:

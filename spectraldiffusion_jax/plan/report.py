@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ from spectraldiffusion_jax.plan.roofline import Roofline, roofline
 from spectraldiffusion_jax.plan.topology import Topology, open_topology
 from spectraldiffusion_jax.program import Program
 
+STEPS = ("train", "eval")
 LENGTH = optim.Length(1000, 100_000, 1000, 1000)
 """Any length: a schedule costs the same whatever its numbers are."""
 
@@ -71,25 +73,31 @@ class Plan:
   verdict: str = ""
 
 
-def plan(config: ConfigDict, topology: str) -> Plan:
+def plan(
+  config: ConfigDict, topology: str, *, steps: Sequence[str] = STEPS
+) -> Plan:
   """Compiles the training and the evaluation step of a config.
 
   Args:
     config: locked; its mesh has to divide the topology.
     topology: see `open_topology`.
+    steps: names in STEPS; fewer compile faster.
 
   Raises:
     UserError: config, batch, mesh and topology do not go together.
   """
   config_lib.validate(config)
+  for name in set(steps) - set(STEPS):
+    raise UserError(f"steps={name}: choose from {', '.join(STEPS)}")
   place = open_topology(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=place.devices)
   program = Program(config, mesh, LENGTH)
   state, batch = program.abstract_state, program.abstract_batch
-  steps = (
-    _cost("train", program.train_step, (state, batch), place),
-    _cost("eval", program.labels, (state.params, batch["image"]), place),
-  )
+  calls = {
+    "train": (program.train_step, (state, batch)),
+    "eval": (program.labels, (state.params, batch["image"])),
+  }
+  found_steps = tuple(measure(name, *calls[name], place) for name in steps)
   found = Plan(
     topology=topology,
     devices=len(place.devices),
@@ -98,7 +106,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
     image_size=config.model.image_size,
     hbm=place.chip and place.chip.hbm,
     state=state_bytes(state),
-    steps=steps,
+    steps=found_steps,
   )
   fits, text = verdict.judge(found, config)
   return dataclasses.replace(found, fits=fits, verdict=text)
@@ -117,7 +125,8 @@ def state_bytes(state) -> dict[str, int]:
   }
 
 
-def _cost(name: str, step, arguments: tuple, place: Topology) -> StepCost:
+def measure(name: str, step, arguments: tuple, place: Topology) -> StepCost:
+  """Lowers and compiles one jitted step for its abstract arguments."""
   start = time.perf_counter()
   lowered = step.lower(*arguments)
   try:
