@@ -22,7 +22,7 @@ RULES = (
   # (pattern searched in the array's path, mesh axes of its LAST dimensions)
   # Vectors, and what is smaller than the message that would gather it.
   (r"(bias|scale|mean|log_std|log_variance|logits)$", ()),
-  (r"(a_log|skip|alpha|taps|cls|registers|init_\w+)$", ()),
+  (r"/(a_log|skip|alpha|taps|cls|registers|slots)$", ()),
   (r"(^|/)(step|count)$", ()),
   # The head axis of attention, and pairs of products of which the first is
   # split by outputs and the second by inputs: one all-reduce for both.
