@@ -147,11 +147,13 @@ def state_sharding(abstract_state, mesh: Mesh):
 def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
   """Raises a UserError naming the numbers if rows do not split evenly."""
   rows = batch_rows(mesh)
-  if batch_size % (rows * accumulation):
+  unit = rows * accumulation
+  if batch_size % unit:
     raise UserError(
       f"training.batch_size={batch_size} does not split over mesh.data * "
       f"mesh.fsdp = {rows} devices times training.gradient_accumulation="
-      f"{accumulation}: use a multiple of {rows * accumulation}"
+      f"{accumulation}: use a multiple of {unit}, for example "
+      f"--config.training.batch_size={-(-batch_size // unit) * unit}"
     )
 
 
