@@ -25,6 +25,9 @@ def get_config(variant: str = "") -> ConfigDict:
   model.backbone_size = 0  # pixels, backbone input side; 0 = nearest multiple
   model.backbone_features = "tokens"  # tokens | keys, of the last block [here]
   model.backbone_trainable = 0  # last blocks that train; 0 = frozen [here]
+  model.backbone_scan = (
+    False  # one program for all blocks: compiles fast [here]
+  )
   model.encoder = "unet"  # unet | cnn | vit_tiny, when dinov2_model is ""
   model.width = 24  # channels of the encoder's finest level [here]
   # Pixels a side of one slot-attention token, or, with a backbone, which has
@@ -89,6 +92,9 @@ def get_config(variant: str = "") -> ConfigDict:
   training.weight_decay = 0.01  # AdamW, matrices and kernels only [guide]
   training.grad_clip = 1.0  # global norm of the gradient [guide]
   training.gradient_accumulation = 1  # micro-batches a step [guide]
+  # Computed again in the backward pass, to save memory: none | dots (all but
+  # products with parameters) | full (all of a block) [here].
+  training.remat = "none"
   training.max_skips = 0  # non-finite steps skipped before giving up [here]
 
   c.data = data = ConfigDict()

@@ -24,6 +24,7 @@ from spectraldiffusion_jax.models import (
   denoiser,
   diffusion_decoder,
   em_attention,
+  layers,
   slot_attention,
   slot_init,
   slot_update,
@@ -45,12 +46,13 @@ from spectraldiffusion_jax.train_step import LossFn
 def make_decoder(config: ConfigDict) -> nn.Module | None:
   """The diffusion decoder, or the mixture decoder named by model.decoder."""
   model, dtype = config.model, DTYPES[config.model.compute_dtype]
+  remat = functools.partial(layers.remat, policy=config.training.remat)
   if model.use_diffusion_decoder:
     kind = choose(
       "diffusion.denoiser", config.diffusion.denoiser, denoiser.DENOISERS
     )
     return diffusion_decoder.DiffusionDecoder(
-      denoiser=kind(width=config.diffusion.width, dtype=dtype),
+      denoiser=remat(kind)(width=config.diffusion.width, dtype=dtype),
       source="backbone" if model.dinov2_model else "pixels",
       latent_dim=config.diffusion.latent_dim,
       num_timesteps=config.diffusion.num_timesteps,
@@ -59,10 +61,12 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
   if model.decoder == "none":
     return None
   if model.decoder == "patch_mlp":
-    return decoder.PatchMLPDecoder(
+    return remat(decoder.PatchMLPDecoder)(
       patch=model.token_stride, width=model.decoder_width, dtype=dtype
     )
-  return decoder.SpatialBroadcastDecoder(width=model.decoder_width, dtype=dtype)
+  return remat(decoder.SpatialBroadcastDecoder)(
+    width=model.decoder_width, dtype=dtype
+  )
 
 
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from spectraldiffusion_jax.models import (
   encoder,
+  layers,
   ssm,
   unet,
   vit,
@@ -51,6 +52,8 @@ def make_backbone(config: ConfigDict) -> vit.Vit:
     model.dinov2_model,
     dtype=DTYPES[model.compute_dtype],
     tuned=model.backbone_trainable,
+    scan=model.backbone_scan,
+    remat=config.training.remat,
   )
 
 
@@ -74,7 +77,9 @@ def make_encoder(config: ConfigDict) -> nn.Module:
   model, dtype = config.model, DTYPES[config.model.compute_dtype]
   fusion = None
   if config.mamba_slot.use_spatial_fusion:
-    fusion = ssm.SelectiveScan2D(d_state=config.mamba_slot.d_state, dtype=dtype)
+    fusion = layers.remat(ssm.SelectiveScan2D, config.training.remat)(
+      d_state=config.mamba_slot.d_state, dtype=dtype
+    )
   if model.dinov2_model:
     return encoder.BackboneEncoder(
       vit=make_backbone(config),
@@ -94,6 +99,7 @@ def make_encoder(config: ConfigDict) -> nn.Module:
     embedding=config.mamba_slot.key_dim - 2,
     fusion=fusion,
     dtype=dtype,
+    remat=config.training.remat,
   )
 
 
@@ -109,6 +115,7 @@ def _trained_vit(config: ConfigDict) -> encoder.ViTEncoder:
       heads=max(1, model.width // 8),
       hidden=16 * model.width,
       dtype=DTYPES[model.compute_dtype],
+      remat=config.training.remat,
     ),
     field=1 + config.mamba_slot.key_dim if has_field(config) else 0,
   )

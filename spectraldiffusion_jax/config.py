@@ -25,6 +25,7 @@ FREE = (
   "data.cache",
   "mesh.",
   "model.backbone_weights",
+  "training.remat",
 )
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs, never what it computes."""
@@ -39,6 +40,7 @@ CHOICES = {
   "model.compute_dtype": ("float32", "bfloat16"),
   "spectral.mode": ("graph", "fused", "per_scale"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
+  "training.remat": ("none", "dots", "full"),
 }
 
 POSITIVE = (
@@ -116,6 +118,11 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f"{name}={values[name]} must not be negative")
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
+  if config.model.backbone_scan and config.model.backbone_trainable:
+    raise UserError(
+      "model.backbone_scan=True freezes all blocks alike: it needs "
+      "model.backbone_trainable=0"
+    )
   _check_tiling(config)
   crop = values["data.crop"]
   if crop and (len(crop) != 4 or crop[0] >= crop[1] or crop[2] >= crop[3]):

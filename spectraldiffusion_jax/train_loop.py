@@ -7,7 +7,6 @@ below this file takes plain values.
 
 import logging
 import pathlib
-from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -23,9 +22,9 @@ from spectraldiffusion_jax import workdir as workdir_lib
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
+from spectraldiffusion_jax.prefetch import Prefetch
 from spectraldiffusion_jax.run import Run
 from spectraldiffusion_jax.train_state import TrainState
-from spectraldiffusion_jax.types import Batch
 
 DIVERGED = 3
 """Exit code of a run whose loss was not finite; its last good state is kept."""
@@ -114,8 +113,7 @@ class _Loop:
         self._save(state, step)
         batches.close()
         batches = self._batches(state, step)
-      batch = next(batches)
-      index, batch = batch["index"], self.run.place(batch, step)
+      index, batch = next(batches)
       state, metrics = self.run.train_step(state, batch)
       step += 1
       self.watch.remember(step, metrics, index)
@@ -138,11 +136,12 @@ class _Loop:
     batches.close()
     return 0
 
-  def _batches(self, state: TrainState, step: int) -> Iterator[Batch]:
-    """Batches from number `step` on, with the labels of its round."""
+  def _batches(self, state: TrainState, step: int) -> Prefetch:
+    """Placed batches from number `step` on, with the labels of its round."""
     with self.progress.paused():
       labels = self.run.round_labels(state, self.folder, step)
-    return self.run.train_batches(start=step, labels=labels)
+    batches = self.run.train_batches(start=step, labels=labels)
+    return Prefetch(batches, self.run.place, first=step)
 
   def _log(self, state, step, metrics, *, validate: bool) -> None:
     """Scalars of a step, validation scores with them, and advice."""

@@ -23,13 +23,14 @@ LAYERS = [
     data models losses metrics colours
     panoptic sheet diagnostics
     pseudo_classes visualise
-    optim sharding writers config weights pth
+    optim sharding writers config weights pth prefetch
     train_state checkpoint preemption workdir divergence
     train_step
     objective convert build_encoder
     backbone
     evaluate build
     rounds
+    program
     run
     segmenter train_loop
     predict reports

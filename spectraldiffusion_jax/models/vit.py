@@ -21,7 +21,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.errors import UserError
-from spectraldiffusion_jax.models.layers import space_to_depth
+from spectraldiffusion_jax.models.layers import remat, space_to_depth
 from spectraldiffusion_jax.ops.attention import attend, rotary_angles, rotate
 from spectraldiffusion_jax.ops.resample import resize_bicubic
 
@@ -163,7 +163,7 @@ class Vit(nn.Module):
   layer_scale: float | None = 1.0  # at initialisation; None = no LayerScale
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32  # of matrix products; parameters are float32
-  remat: bool = False  # recompute blocks in the backward pass
+  remat: str = "none"  # of blocks, see layers.REMAT
   scan: bool = False  # one traced block for all: compiles faster
   tuned: int | None = None  # last blocks that get a gradient; None = the whole
 
@@ -224,7 +224,7 @@ class Vit(nn.Module):
     )
 
   def _blocks(self, x, angles):
-    cls = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    cls = remat(Block, self.remat, prevent_cse=not self.scan)
     fields = {
       "heads": self.heads,
       "hidden": self.hidden,
