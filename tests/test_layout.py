@@ -23,14 +23,15 @@ LAYERS = [
     data models losses metrics colours
     panoptic sheet diagnostics
     pseudo_classes visualise
-    optim sharding writers config weights pth
-    train_state checkpoint preemption workdir divergence
+    optim sharding writers config weights pth retention
+    train_state checkpoint preemption workdir divergence ledger
     train_step
     objective convert
     evaluate build backbone
     rounds
     run
-    segmenter train_loop
+    segmenter resume
+    train_loop
     predict reports
     demo ablation plan benchmarks command __init__
   """.strip().splitlines()
