@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -103,7 +104,7 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:  # of the write that was under way
       if kind is None:
-        raise self._not_written(error) from None
+        raise self._explained(error) from None
 
   def steps(self) -> list[int]:
     """Steps on disk, oldest first."""
@@ -160,20 +161,25 @@ class Checkpoints:
         force=True,
       )
     except Exception as error:  # OSError, or what TensorStore makes of one
-      raise self._not_written(error) from None
+      raise self._explained(error) from None
 
   def wait(self) -> None:
     """Returns when the last save is on disk; raises what `save` raises."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._not_written(error) from None
+      raise self._explained(error) from None
 
-  def _not_written(self, error: Exception) -> UserError:
+  def _explained(self, error: Exception) -> Exception:
+    """A UserError where the disk refused a write, else the error itself."""
+    found = re.search(r"([A-Z][\w ]+) \[os_error_code", str(error))
+    if not found and not isinstance(error, OSError):
+      return error
+    reason = found.group(1) if found else error.strerror or str(error)
     return UserError(
       f"workdir: a checkpoint in {self.folder} could not be written"
-      f" ({_first_line(error)}); the complete ones are intact: free space or"
-      " mend the disk, and start again to go on"
+      f" ({reason}); the complete ones are intact: free space or mend the"
+      " disk, and start again to go on"
     )
 
   def restore(self, step: int, abstract_state) -> tuple[Any, dict]:
