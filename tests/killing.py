@@ -31,7 +31,15 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
   }
 
 
-def config(data_root: pathlib.Path, *, steps: int = STEPS) -> ConfigDict:
+def prepare(data_root: pathlib.Path) -> None:
+  """Renders only as many images as `config` asks for; call in a child."""
+  from spectraldiffusion_jax.data import procedural_clevr
+
+  procedural_clevr.SPLITS = {"train": (EXAMPLES, 0), "validation": (4, 1)}
+  procedural_clevr.prepare("easy_64", data_root)
+
+
+def config(data_root: pathlib.Path) -> ConfigDict:
   """Plain slot attention on 10 images of 32 pixels, a checkpoint every 2."""
   c = procedural.get_config("baseline").unlock()
   c.data.data_root = str(data_root)
@@ -44,7 +52,8 @@ def config(data_root: pathlib.Path, *, steps: int = STEPS) -> ConfigDict:
   c.model.num_iterations = 1
   c.model.num_slots = 3
   c.training.batch_size = BATCH
-  c.training.num_steps = steps
+  c.training.max_rollbacks = 1
+  c.training.num_steps = STEPS
   c.logging.log_interval = 1
   c.logging.save_interval = SAVE
   c.logging.val_interval = 1000
@@ -101,12 +110,22 @@ def in_child(job: Callable[[], Any], scratch: pathlib.Path) -> Any:
   return pickle.loads(result.read_bytes())
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> int:
-  """Starts or continues a run. Returns its pid."""
+def train(
+  config: ConfigDict, workdir: pathlib.Path, *, poison: int = -1
+) -> int:
+  """Starts or continues a run, batch number `poison` all NaN; its pid."""
 
   def job() -> int:
-    from spectraldiffusion_jax import train_loop
+    from spectraldiffusion_jax import run, train_loop
 
+    place = run.Run.place
+
+    def poisoned(self, batch, step):
+      factor = float("nan") if step == poison else 1
+      return place(self, batch | {"image": batch["image"] * factor}, step)
+
+    if poison >= 0:
+      run.Run.place = poisoned
     return train_loop.train_and_evaluate(config, str(workdir))
 
   workdir.mkdir(parents=True, exist_ok=True)
@@ -151,11 +170,11 @@ def final_state(config: ConfigDict, workdir: pathlib.Path, step: int) -> list:
   return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
-def miscounted(workdir: pathlib.Path, *, steps: int = STEPS) -> int:
+def miscounted(workdir: pathlib.Path) -> int:
   """Examples lost or doubled in any full epoch, by the ids logged."""
   lines = ledger(workdir)
-  if [line["step"] for line in lines] != list(range(1, steps + 1)):
-    return steps * BATCH
+  if [line["step"] for line in lines] != list(range(1, STEPS + 1)):
+    return STEPS * BATCH
   ids = [i for line in lines for i in line["index"]]
   epochs = [ids[i : i + EXAMPLES] for i in range(0, len(ids), EXAMPLES)]
   wrong = sum(
