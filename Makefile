@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STARTED := $(shell date +%s)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all chaos lint clean
 
 $(VENV)/.base: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(VENV)/.test  ## the whole suite but the slow checks
 
 test-all: $(VENV)/.test  ## the slow checks as well
 	$(BIN)/python -m pytest -n 2 -m ''
+
+chaos: $(VENV)/.test  ## kills and damages tiny runs; see docs/reliability.md
+	$(BIN)/python tests/chaos.py --kills=50
 
 lint: $(VENV)/.test
 	$(BIN)/python -m compileall -q spectraldiffusion_jax configs launch tests

@@ -95,7 +95,9 @@ def get_config(variant: str = "") -> ConfigDict:
   # Computed again in the backward pass, to save memory: none | dots (all but
   # products with parameters) | full (all of a block) [here].
   training.remat = "none"
-  training.max_skips = 0  # non-finite steps skipped before giving up [here]
+  training.max_skips = 0  # failed steps skipped before rolling back [here]
+  training.max_rollbacks = 0  # to the last checkpoint, before giving up [here]
+  training.max_loss_ratio = 1000.0  # of loss, gradient to median; 0 = off
 
   c.data = data = ConfigDict()
   data.dataset = "clevr_with_masks"  # a name launch/prepare.py knows [guide]
@@ -126,6 +128,9 @@ def get_config(variant: str = "") -> ConfigDict:
   logging.save_interval = 50  # steps between checkpoints [guide]
   logging.image_interval = 50  # steps between pictures; 0 = none [guide]
   logging.keep_last = 3  # newest checkpoints kept [here]
+  logging.keep_every = 0  # steps whose multiples are kept as well; 0 = none
+  logging.keep_best = "val/ari"  # score whose best is kept; "" = none [here]
+  logging.examples = False  # ids of every batch to examples-0.jsonl [here]
 
   c.mesh = mesh = ConfigDict()
   mesh.data = -1  # devices over which a batch is split; -1 = the rest [here]

@@ -1,18 +1,20 @@
 """Durable state: Orbax checkpoints whose content is verified when read.
 
-A checkpoint holds the train state and a JSON record (resolved config, code
-version, metrics, fingerprint). The place in the data is the step itself, for
-batch number `step` is a function of the seed (data/pipeline.py), so nothing
-else has to be saved, and neither worker nor process count ties a resume.
+A checkpoint holds the train state and a JSON record: resolved config, code
+version, scores of its step, fingerprint, and whatever the loop carries from
+step to step. Two things are in neither, because they follow from seed and
+step: the place in the data (batch number `step`, data/pipeline.py) and the
+random keys (`train_state.stream_keys`). So neither worker nor process count
+ties a resume.
 """
 
 import hashlib
 import json
 import logging
-import math
 import pathlib
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
-from orbax.checkpoint import checkpoint_managers as policies
 
 from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.retention import PLANNED, Retention
 from spectraldiffusion_jax.version import __version__
 
 FOLDER = "checkpoints"
@@ -62,7 +64,8 @@ class Checkpoints:
 
   Saves are asynchronous: `save` returns after the copy to the host, and
   leaving the context waits for the last write. `read_only` leaves the folder
-  as it is, damaged checkpoints included: another process may be writing.
+  as it is, damaged checkpoints included: another process may be writing. The
+  other options are those of `retention.Retention`.
   """
 
   def __init__(
@@ -72,21 +75,19 @@ class Checkpoints:
     keep_last: int = 3,
     keep_every: int = 0,
     best_metric: str = "val/ari",
+    pinned: Collection[int] = (),
     read_only: bool = False,
   ):
     self._read_only = read_only
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self.best_metric = best_metric
     self._screen()
-    keep = [policies.LatestN(keep_last)]
-    if keep_every:
-      keep.append(policies.EveryNSteps(keep_every))
-    keep.append(policies.BestN(get_metric_fn=self._score, n=1))
+    keep = Retention(keep_last, keep_every, best_metric, pinned)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        best_fn=self._score,
+        preservation_policy=keep,
+        best_fn=keep.score,
         best_mode="max",
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
@@ -98,11 +99,12 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._manager.close()
-
-  def _score(self, metrics: Mapping[str, float] | None) -> float:
-    return (metrics or {}).get(self.best_metric, -math.inf)
+  def __exit__(self, kind, *_) -> None:
+    try:
+      self._manager.close()
+    except Exception as error:  # of the write that was under way
+      if kind is None:
+        raise self._explained(error) from None
 
   def steps(self) -> list[int]:
     """Steps on disk, oldest first."""
@@ -121,8 +123,23 @@ class Checkpoints:
     *,
     config: Mapping[str, Any],
     metrics: Mapping[str, float],
+    carried: Mapping[str, Any] | None = None,
+    planned: bool = True,
   ) -> None:
-    """Starts writing; a step that is on disk already is left as it is."""
+    """Starts writing; a step that is on disk already is left as it is.
+
+    Args:
+      step: of the state.
+      state: tree of arrays, donated by the caller only after the return.
+      config: resolved, as a dict.
+      metrics: scores measured at this very step, by which the best is chosen.
+      carried: JSON values that the caller wants back with the state.
+      planned: False for a step that a signal chose.
+
+    Raises:
+      UserError: this write or the one before it failed: disk full, folder no
+        longer writable. Checkpoints that are complete stay as they are.
+    """
     if step in self._manager.all_steps():
       return
     record = {
@@ -130,57 +147,95 @@ class Checkpoints:
       "step": step,
       "config": json.loads(json.dumps(config)),
       "metrics": dict(metrics),
+      "carried": json.loads(json.dumps(carried or {})),
       "fingerprint": np.asarray(fingerprint(state)).tolist(),
     }
     record["digest"] = _digest(record)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-      ),
-      metrics={"step": step, **metrics},
-      force=True,
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        ),
+        metrics={"step": step, PLANNED: int(planned), **metrics},
+        force=True,
+      )
+    except Exception as error:  # OSError, or what TensorStore makes of one
+      raise self._explained(error) from None
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk; raises what `save` raises."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._explained(error) from None
+
+  def _explained(self, error: Exception) -> Exception:
+    """A UserError where the disk refused a write, else the error itself."""
+    found = re.search(r"([A-Z][\w ]+) \[os_error_code", str(error))
+    if not found and not isinstance(error, OSError):
+      return error
+    reason = found.group(1) if found else error.strerror or str(error)
+    return UserError(
+      f"workdir: a checkpoint in {self.folder} could not be written"
+      f" ({reason}); the complete ones are intact: free space or mend the"
+      " disk, and start again to go on"
     )
 
   def restore(self, step: int, abstract_state) -> tuple[Any, dict]:
     """State and record of one step, verified.
 
     Raises:
+      UserError: it is intact, but of another version of the state.
       Exception: anything Orbax raises for a damaged file, or ValueError where
         the content read is not the content saved.
     """
-    out = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        record=ocp.args.JsonRestore(),
-      ),
-    )
-    state, record = out["state"], out["record"]
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    record = self._manager.restore(step, args=args)["record"]
     if record.get("digest") != _digest(record):
       raise ValueError("the record's digest does not match its content")
+    if len(record["fingerprint"]) != len(jax.tree.leaves(abstract_state)):
+      raise UserError(
+        f"workdir: {self.folder / str(step)} was made by version"
+        f" {record['version']} with another set of arrays than version"
+        f" {__version__} has: use that version, or a new workdir"
+      )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    state = self._manager.restore(step, args=args)["state"]
     if record["fingerprint"] != np.asarray(fingerprint(state)).tolist():
       raise ValueError("array content differs from what was saved")
     return state, record
 
-  def restore_latest(self, abstract_state) -> tuple[Any, dict] | None:
+  def restore_latest(
+    self, abstract_state, *, planned: bool = False
+  ) -> tuple[Any, dict] | None:
     """The newest intact checkpoint, or None where there is none at all.
 
     A damaged one is named in the log and moved to `checkpoints-damaged/`.
+
+    Args:
+      abstract_state: see `restore`.
+      planned: leave those out that a signal caused.
 
     Raises:
       UserError: there are checkpoints, and every one is damaged.
     """
     steps = self.steps()
-    damaged = self.folder.parent / f"{FOLDER}-damaged"
+    if planned:
+      # A score that cannot be read is no reason to leave a checkpoint out.
+      steps = [
+        s for s in steps if (self._manager.metrics(s) or {}).get(PLANNED, 1)
+      ]
     for step in reversed(steps):
       try:
         return self.restore(step, abstract_state)
+      except UserError:
+        raise
       except Exception as error:  # Orbax raises bare Exception for bad files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        self._set_aside(step, reason[0][:200])
+        self._set_aside(step, _first_line(error))
         if not self._read_only:
           self._manager.reload()
+    damaged = self.folder.parent / f"{FOLDER}-damaged"
     if damaged.is_dir() or steps:
       raise UserError(
         f"workdir: every checkpoint of {self.folder.parent} is damaged (see"
@@ -215,3 +270,8 @@ class Checkpoints:
       reason,
       target,
     )
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]

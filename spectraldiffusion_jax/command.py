@@ -28,9 +28,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
   def guarded(argv: list[str]) -> int | None:
     if flags.FLAGS.verbosity < 1:
-      # TFDS and Orbax tell every file they open through the first logger, JAX
-      # every backend that is not there through the second.
-      logging.getLogger("absl").setLevel(logging.ERROR)
+      # TFDS and Orbax tell every file they open through the first logger, and
+      # a failed write in four tracebacks before it is raised; JAX tells every
+      # backend that is not there through the second.
+      logging.getLogger("absl").setLevel(logging.CRITICAL)
       logging.getLogger("jax").setLevel(logging.WARNING)
     try:
       return main(argv)

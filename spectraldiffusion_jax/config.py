@@ -19,6 +19,8 @@ UNET_TILE = 16
 
 FREE = (
   "logging.",
+  "training.max_skips",
+  "training.max_rollbacks",
   "data.data_root",
   "data.num_workers",
   "data.num_threads",
@@ -28,7 +30,7 @@ FREE = (
   "training.remat",
 )
 """Fields that may change between a run and its continuation: they say where
-and how fast it runs, never what it computes."""
+and how fast it runs and when it gives up, never what it computes."""
 
 CHOICES = {
   "model.encoder": ("unet", "cnn", "vit_tiny"),
@@ -38,6 +40,7 @@ CHOICES = {
   "model.slot_update": ("ssm", "gru"),
   "model.decoder": ("broadcast", "patch_mlp", "none"),
   "model.compute_dtype": ("float32", "bfloat16"),
+  "logging.keep_best": ("val/ari", "val/fg_ari", "val/mbo", "val/miou", ""),
   "spectral.mode": ("graph", "fused", "per_scale"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
   "training.remat": ("none", "dots", "full"),
@@ -82,9 +85,12 @@ NOT_NEGATIVE = (
   "training.weight_decay",
   "training.grad_clip",
   "training.max_skips",
+  "training.max_rollbacks",
+  "training.max_loss_ratio",
   "data.num_workers",
   "data.num_threads",
   "data.max_objects",
+  "logging.keep_every",
   "logging.image_interval",
   "composite.rounds",
   "composite.pastes",

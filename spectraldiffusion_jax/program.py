@@ -99,6 +99,7 @@ class Program:
       schedule=self._schedule,
       seed=self.config.seed,
       accumulation=self.config.training.gradient_accumulation,
+      max_loss_ratio=self.config.training.max_loss_ratio,
     )
     self.train_step = jax.jit(
       step,

@@ -3,12 +3,18 @@
 Round 0 learns from the training-free step, every later round from the model
 as it stood when the round began. A round's labels are a pure function of the
 checkpoint at its first step; they are kept in the workdir, so that a run
-that is stopped in the middle of a round continues with the same ones.
+that is stopped in the middle of a round continues with the same ones. That
+checkpoint is kept as well (`retention.Retention.pinned`): from it damaged
+labels are made again.
 """
 
+import hashlib
+import io
+import logging
+import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -17,9 +23,11 @@ from jax.sharding import Mesh
 from spectraldiffusion_jax import sharding
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.evaluate import Segment
+from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.types import Batch
 
 FOLDER = "labels"
+DIGEST = hashlib.sha256().digest_size
 
 
 def starts(num_steps: int, rounds: int) -> list[int]:
@@ -30,15 +38,6 @@ def starts(num_steps: int, rounds: int) -> list[int]:
 def first_step(step: int, num_steps: int, rounds: int) -> int:
   """First step of the round that training step `step` belongs to."""
   return max(edge for edge in starts(num_steps, rounds) if edge <= step)
-
-
-def check_state(first: int, step: int, workdir: pathlib.Path) -> None:
-  """Raises a UserError if the labels of a round can no longer be made."""
-  if first and step != first:
-    raise UserError(
-      f"workdir: {path(workdir, first)} is gone, and only the state of step "
-      f"{first} could make it again; restore the file or use a new workdir"
-    )
 
 
 def label_images(
@@ -69,19 +68,75 @@ def path(workdir: pathlib.Path, first_step: int) -> pathlib.Path:
 
 
 def load(workdir: pathlib.Path, first_step: int) -> np.ndarray | None:
-  """The kept labels of a round, or None."""
+  """The kept labels of a round, verified, or None.
+
+  A file that is not what `save` wrote is named in the log, and kept aside.
+  """
   file = path(workdir, first_step)
-  return np.load(file, allow_pickle=False) if file.exists() else None
+  if not file.exists():
+    return None
+  content = file.read_bytes()
+  body, digest = content[:-DIGEST], content[-DIGEST:]
+  if hashlib.sha256(body).digest() == digest:
+    return np.load(io.BytesIO(body), allow_pickle=False)
+  aside = file.with_suffix(".npy.damaged")
+  file.replace(aside)
+  logging.warning("labels %s are damaged; kept as %s", file, aside.name)
+  return None
 
 
 def save(workdir: pathlib.Path, first_step: int, labels: np.ndarray) -> None:
-  """Keeps the labels of a round; complete or absent, never half."""
+  """Keeps the labels of a round; complete or absent, never half.
+
+  The file is one that `numpy.load` reads, followed by its SHA-256.
+  """
   file = path(workdir, first_step)
   file.parent.mkdir(exist_ok=True)
+  buffer = io.BytesIO()
+  np.save(buffer, labels)
+  body = buffer.getvalue()
   partial = file.with_suffix(".partial")
   with open(partial, "wb") as out:
-    np.save(out, labels)
+    out.write(body + hashlib.sha256(body).digest())
+    out.flush()
+    os.fsync(out.fileno())
   partial.replace(file)
+
+
+def obtain(
+  workdir: pathlib.Path,
+  first_step: int,
+  *,
+  state: TrainState,
+  state_of: Callable[[int], TrainState | None],
+  make: Callable[[TrainState, int], np.ndarray],
+) -> np.ndarray:
+  """The labels of a round: the kept ones, else made (again) and kept.
+
+  Args:
+    workdir: of the run.
+    first_step: at which the round begins.
+    state: of the run, now.
+    state_of: gives the state that a step began with, None if it is lost.
+    make: labels all images with a state, for the round from a step on.
+
+  Raises:
+    UserError: the labels are lost and cannot be made again.
+  """
+  labels = load(workdir, first_step)
+  if labels is not None:
+    return labels
+  if first_step and int(state.step) != first_step:
+    state = state_of(first_step)
+    if state is None:
+      raise UserError(
+        f"workdir: {path(workdir, first_step)} is gone, and only the"
+        f" checkpoint of step {first_step} could make it again; restore one of"
+        " them or use a new workdir"
+      )
+  labels = make(state, first_step)
+  save(workdir, first_step, labels)
+  return labels
 
 
 def copy(source: pathlib.Path, workdir: pathlib.Path) -> None:

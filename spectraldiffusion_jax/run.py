@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -144,10 +143,11 @@ class Run:
       for name in ("ari", "fg_ari", "mbo", "miou")
     }
 
-  def begins_round(self, step: int) -> bool:
-    """Whether a later self-training round starts with training step `step`."""
+  @property
+  def round_starts(self) -> list[int]:
+    """Steps at which self-training rounds after the first begin."""
     count = self.config.composite.rounds
-    return step > 0 and step in rounds.starts(self.length.num_steps, count)
+    return rounds.starts(self.length.num_steps, count)[1:]
 
   def place(self, batch: Batch, step: int) -> dict[str, jax.Array]:
     """Puts on the devices what the training step reads of a batch."""
@@ -199,29 +199,15 @@ class Run:
       "slot_pca": visualise.slot_pca(slots, active),
     }
 
-  def round_labels(
-    self, state: TrainState, folder: pathlib.Path, step: int
-  ) -> np.ndarray | None:
-    """The label maps that training step `step` learns from, made if need be.
+  def teach(self, state: TrainState, first: int) -> np.ndarray:
+    """Labels [N H W] of all training images for the round from step `first`.
 
-    Round 0 has those of the training-free step, a later round those of the
-    model at the round's first step.
+    Those of the training-free step for round 0, else those of the model.
     """
-    config = self.config
-    if not config.composite.rounds:
-      return None
-    first = rounds.first_step(
-      step, self.length.num_steps, config.composite.rounds
+    teacher = self.program.teachers[1 if first else 0]
+    return rounds.label_images(
+      functools.partial(teacher, state.params),
+      self.eval_batches(self.config.data.train_split),
+      num_examples=self.num_examples,
+      mesh=self.mesh,
     )
-    labels = rounds.load(folder, first)
-    if labels is None:
-      rounds.check_state(first, int(state.step), folder)
-      teacher = self.program.teachers[1 if first else 0]
-      labels = rounds.label_images(
-        functools.partial(teacher, state.params),
-        self.eval_batches(config.data.train_split),
-        num_examples=self.num_examples,
-        mesh=self.mesh,
-      )
-      rounds.save(folder, first, labels)
-    return labels

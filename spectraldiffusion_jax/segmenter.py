@@ -14,7 +14,7 @@ from spectraldiffusion_jax import build, checkpoint, evaluate, train_step
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.data.transforms import resize_image, to_rgb
 from spectraldiffusion_jax.errors import UserError
-from spectraldiffusion_jax.workdir import CONFIG_FILE
+from spectraldiffusion_jax.workdir import CONFIG_FILE, compare
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
 
@@ -123,17 +123,36 @@ def _restore_params(folder, config, which: str) -> dict:
   state = build.abstract_state(config)
   if not (folder / checkpoint.FOLDER).is_dir():
     raise UserError(f"--workdir={folder} holds no checkpoint yet")
-  with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+  with checkpoint.Checkpoints(
+    folder, best_metric=config.logging.keep_best, read_only=True
+  ) as checkpoints:
     if not which or which == "latest":
       restored = checkpoints.restore_latest(state)
       if restored is None:
         raise UserError(f"--workdir={folder} holds no checkpoint yet")
-      return restored[0].params
-    steps = checkpoints.steps()
-    step = checkpoints.best_step() if which == "best" else which
-    if str(step) not in map(str, steps):
-      raise UserError(f"--workdir={folder}@{which}: there are @best, {steps}")
-    return checkpoints.restore(int(step), state)[0].params
+    else:
+      restored = _restore_step(folder, checkpoints, which, state)
+  # The record is verified, the file is not: a flipped bit in it is found.
+  compare(folder, restored[1]["config"], config)
+  return restored[0].params
+
+
+def _restore_step(folder, checkpoints, which: str, state) -> tuple:
+  """State and record of `best` or of a step given as text."""
+  steps = checkpoints.steps()
+  step = checkpoints.best_step() if which == "best" else which
+  if str(step) not in map(str, steps):
+    raise UserError(f"--workdir={folder}@{which}: there are @best, {steps}")
+  try:
+    return checkpoints.restore(int(step), state)
+  except UserError:
+    raise
+  except Exception as error:  # Orbax raises bare Exception for bad files
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f"--workdir={folder}@{which} is damaged ({reason[:200]}); there are"
+      f" @best, {steps}"
+    ) from None
 
 
 def save_pretrained(segmenter: Segmenter, folder: pathlib.Path) -> None:

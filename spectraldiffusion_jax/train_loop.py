@@ -5,29 +5,34 @@ Everything a user can configure arrives in one locked ConfigDict; everything
 below this file takes plain values.
 """
 
-import logging
+import contextlib
 import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax import (
-  build,
   diagnostics,
   divergence,
   rounds,
+  train_state,
   writers,
 )
-from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax import workdir as workdir_lib
 from spectraldiffusion_jax.checkpoint import Checkpoints
-from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.ledger import Ledger
 from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
 from spectraldiffusion_jax.prefetch import Prefetch
+from spectraldiffusion_jax.resume import first_state
 from spectraldiffusion_jax.run import Run
 from spectraldiffusion_jax.train_state import TrainState
 
 DIVERGED = 3
-"""Exit code of a run whose loss was not finite; its last good state is kept."""
+"""Exit code of a run whose loss diverged; its last good state is kept."""
 
 
 def train_and_evaluate(
@@ -56,49 +61,61 @@ def train_and_evaluate(
   with workdir_lib.locked(folder), StopRequest() as stop:
     run = Run(config)
     workdir_lib.claim(folder, config)
-    with Checkpoints(folder, keep_last=config.logging.keep_last) as checkpoints:
-      state = _first_state(run, checkpoints, resume)
-      with writers.MetricWriter(
-        folder, log_dir=config.logging.log_dir, start=int(state.step)
-      ) as writer:
-        return _Loop(run, folder, checkpoints, writer, stop).run_to_end(state)
+    with Checkpoints(
+      folder,
+      keep_last=config.logging.keep_last,
+      keep_every=config.logging.keep_every,
+      best_metric=config.logging.keep_best,
+      pinned=run.round_starts,
+    ) as checkpoints:
+      state, carried = first_state(run, checkpoints, resume)
+      start = int(state.step)
+      with (
+        writers.MetricWriter(
+          folder, log_dir=config.logging.log_dir, start=start
+        ) as writer,
+        contextlib.closing(
+          Ledger(folder, start=start, active=config.logging.examples)
+        ) as ledger,
+      ):
+        loop = _Loop(run, folder, checkpoints, writer, ledger, stop, carried)
+        return loop.run_to_end(state)
 
 
-def _first_state(run: Run, checkpoints: Checkpoints, resume: str) -> TrainState:
-  """The newest intact state here, else that of `resume`, else a new one."""
-  restored = checkpoints.restore_latest(run.abstract_state)
-  if restored is not None:
-    logging.info("continuing from step %d", restored[1]["step"])
-    return restored[0]
-  if not resume:
-    return build.first_state(run.config, run.init_state)
-  other = pathlib.Path(resume).expanduser()
-  if not (other / workdir_lib.CONFIG_FILE).exists():
-    raise UserError(f"--resume={resume} is not the workdir of a run")
-  with Checkpoints(other, read_only=True) as source:
-    restored = source.restore_latest(run.abstract_state)
-  if restored is None:
-    raise UserError(f"--resume={resume} holds no checkpoint yet")
-  rounds.copy(other, checkpoints.folder.parent)
-  return restored[0]
+class _Due(NamedTuple):
+  """What follows a step; a function of its number alone."""
+
+  last: bool
+  validate: bool
+  log: bool
+  draw: bool
+  save: bool
 
 
 class _Loop:
   """The side effects of a run, in their order."""
 
-  def __init__(self, run, folder, checkpoints, writer, stop):
+  def __init__(self, run, folder, checkpoints, writer, ledger, stop, carried):
     self.run, self.folder, self.stop = run, folder, stop
-    self.checkpoints, self.writer = checkpoints, writer
+    self.checkpoints, self.writer, self.ledger = checkpoints, writer, ledger
     self.config, self.length = run.config, run.length
-    self.scores = {}  # of the latest validation
-    self.advised = set()  # problems that were named at the last log
+    carried = carried or {"scores": {}, "best": {}, "advised": []}
+    self.scores = carried["scores"]  # of the latest validation
+    self.best = carried["best"]  # largest score so far, and its step
+    self.advised = set(carried["advised"])  # problems named at the last log
+    self.batches = None
+    training = self.config.training
     self.watch = divergence.Watch(
-      folder, max_skips=self.config.training.max_skips
+      folder,
+      layers=train_state.layer_names(run.abstract_state.params),
+      max_skips=training.max_skips,
+      max_rollbacks=training.max_rollbacks,
+      past=carried.get("divergence"),
     )
 
   def run_to_end(self, state: TrainState) -> int:
     """Trains; returns the exit code."""
-    step, logging_ = int(state.step), self.config.logging
+    step = int(state.step)
     if step >= self.length.num_steps:
       print(f"complete: step {step} of {self.length.num_steps}")
       return 0
@@ -107,51 +124,119 @@ class _Loop:
       batch_size=self.config.training.batch_size,
       start=step,
     )
-    batches = self._batches(state, step)
+    # A disk that takes no checkpoint is found before anything is trained.
+    self._save(state, step)
+    try:
+      return self._train(state, step)
+    finally:
+      self._close_batches()
+
+  def _train(self, state: TrainState, step: int) -> int:
     while step < self.length.num_steps:
-      if self.run.begins_round(step):
-        self._save(state, step)
-        batches.close()
-        batches = self._batches(state, step)
-      index, batch = next(batches)
+      if self.batches is None:
+        self._open_batches(state, step)
+      index, batch = next(self.batches)
       state, metrics = self.run.train_step(state, batch)
       step += 1
+      self.ledger.write(step, index)
       self.watch.remember(step, metrics, index)
-      last = step == self.length.num_steps
-      validate = last or step % self.length.val_steps == 0
-      stopping = self.stop.requested(step) and not last
-      log = validate or step % logging_.log_interval == 0
-      save = last or stopping or step % logging_.save_interval == 0
-      if (log or save) and self.watch.diverged():
-        return DIVERGED
-      if log:
-        self._log(state, step, metrics, validate=validate)
-      if logging_.image_interval and step % logging_.image_interval == 0:
+      due = self._due(step)
+      stopping = self.stop.requested(step) and not due.last
+      if any(due) or stopping:
+        verdict = self.watch.look()
+        if verdict is divergence.Verdict.GIVE_UP:
+          return DIVERGED
+        if verdict is divergence.Verdict.ROLL_BACK:
+          state, step, metrics = self._roll_back()
+          due = self._due(step)._replace(save=True)
+      if due.log:
+        self._log(state, step, metrics, validate=due.validate)
+      if due.draw:
         self._draw(state, step)
-      if save:
-        self._save(state, step)
+      if due.save or stopping:
+        self._save(state, step, validated=due.validate, planned=due.save)
       if stopping:
         print(f"stopped and saved at step {step}; start again to go on")
         return EXIT_CODE
-    batches.close()
+      if step in self.run.round_starts:
+        self._close_batches()
     return 0
 
-  def _batches(self, state: TrainState, step: int) -> Prefetch:
-    """Placed batches from number `step` on, with the labels of its round."""
-    with self.progress.paused():
-      labels = self.run.round_labels(state, self.folder, step)
-    batches = self.run.train_batches(start=step, labels=labels)
-    return Prefetch(batches, self.run.place, first=step)
+  def _due(self, step: int) -> _Due:
+    logging_ = self.config.logging
+    last = step == self.length.num_steps
+    validate = last or step % self.length.val_steps == 0
+    images = logging_.image_interval
+    return _Due(
+      last=last,
+      validate=validate,
+      log=validate or step % logging_.log_interval == 0,
+      draw=bool(images) and step % images == 0,
+      save=validate
+      or step % logging_.save_interval == 0
+      or step in self.run.round_starts,
+    )
+
+  def _roll_back(self) -> tuple[TrainState, int, Mapping]:
+    """The newest planned state, moved past the batch that failed.
+
+    Batches between the two are not seen again; the step counts them, so that
+    batch number `step` stays the next one. It is planned states only, because
+    those are the same however often the run was stopped.
+    """
+    step, metrics = self.watch.failed
+    self.checkpoints.wait()
+    restored = self.checkpoints.restore_latest(
+      self.run.abstract_state, planned=True
+    )
+    state, record = restored
+    print(f"going on from the state of step {record['step']} at step {step}")
+    at = self.run.abstract_state.step.sharding
+    state = state.replace(step=jax.device_put(np.int32(step), at))
+    self.ledger.rewind(step)
+    self._close_batches()
+    return state, step, metrics
+
+  def _open_batches(self, state: TrainState, step: int) -> None:
+    """Batches from number `step` on, with the labels of its round."""
+
+    def state_of(first: int) -> TrainState | None:
+      self.checkpoints.wait()
+      if first not in self.checkpoints.steps():
+        return None
+      return self.checkpoints.restore(first, self.run.abstract_state)[0]
+
+    labels, count = None, self.config.composite.rounds
+    if count:
+      with self.progress.paused():
+        labels = rounds.obtain(
+          self.folder,
+          rounds.first_step(step, self.length.num_steps, count),
+          state=state,
+          state_of=state_of,
+          make=self.run.teach,
+        )
+    self.batches = Prefetch(
+      self.run.train_batches(start=step, labels=labels),
+      self.run.place,
+      first=step,
+    )
+
+  def _close_batches(self) -> None:
+    if self.batches is not None:
+      self.batches.close()
+      self.batches = None
 
   def _log(self, state, step, metrics, *, validate: bool) -> None:
     """Scalars of a step, validation scores with them, and advice."""
-    values = {k: float(v) for k, v in metrics.items()}
+    values = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
     row = {f"train/{name}": value for name, value in values.items()}
     row["learning_rate"] = row.pop("train/learning_rate")
     if validate:
       with self.progress.paused():
         self.scores = self.run.validate(state)
       row |= self.scores
+      self._keep_best(step)
     loss, ari = row["train/loss"], self.scores.get("val/ari")
     row |= self.progress.log(step, loss, ari)
     self.writer.write_scalars(step, row)
@@ -161,13 +246,35 @@ class _Loop:
       print("\n".join(advice))
     self.advised = named
 
+  def _keep_best(self, step: int) -> None:
+    for name, value in self.scores.items():
+      if name not in self.best or value > self.best[name]["value"]:
+        self.best[name] = {"value": value, "step": step}
+
   def _draw(self, state: TrainState, step: int) -> None:
     """Pictures of a fixed validation batch, to TensorBoard."""
     with self.progress.paused():
       self.writer.write_images(step, self.run.pictures(state))
 
-  def _save(self, state: TrainState, step: int) -> None:
+  def _save(
+    self,
+    state: TrainState,
+    step: int,
+    *,
+    validated: bool = False,
+    planned: bool = True,
+  ) -> None:
     self.writer.flush()
     self.checkpoints.save(
-      step, state, config=self.config.to_dict(), metrics=self.scores
+      step,
+      state,
+      config=self.config.to_dict(),
+      metrics=self.scores if validated else {},
+      carried={
+        "scores": self.scores,
+        "best": self.best,
+        "advised": sorted(self.advised),
+        "divergence": self.watch.carried(),
+      },
+      planned=planned,
     )

@@ -12,12 +12,32 @@ STREAMS = ("params", "slots", "noise", "composite", "dropout")
 alone, so adding a stream never changes another one's numbers."""
 
 
+WINDOW = 32
+"""Steps over whose losses and gradient norms an explosion is judged."""
+
+
 class TrainState(struct.PyTreeNode):
   """The whole state of a run but its place in the data."""
 
-  step: Array  # [] int32, optimiser steps taken
+  step: Array  # [] int32, batches seen
   params: dict
   opt_state: optax.OptState
+  recent: Float[Array, "2 window"]
+  """|loss| and gradient norm of the last accepted steps, oldest first, NaN
+  where there were none yet."""
+
+
+def layer_names(params) -> list[str]:
+  """A path such as `encoder/stem/kernel` for each leaf, in tree order."""
+  return [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  ]
+
+
+def no_history() -> Float[Array, "2 window"]:
+  """`TrainState.recent` of a run that has not begun."""
+  return jnp.full((2, WINDOW), jnp.nan)
 
 
 def stream_keys(seed: int, step: Array | int) -> dict[str, Array]:
@@ -39,4 +59,9 @@ def create(
     stream_keys(seed, 0), image, labels, label_slots=2, train=True
   )
   params = variables["params"]
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    recent=no_history(),
+  )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from spectraldiffusion_jax.train_state import TrainState, stream_keys
 from spectraldiffusion_jax.types import ModelOutput
@@ -45,6 +45,18 @@ def accumulate(
   return jax.tree.map(lambda x: x / parts, total)
 
 
+def explodes(
+  now: Float[Array, " 2"], recent: Float[Array, "2 window"], ratio: float
+) -> Bool[Array, ""]:
+  """Whether |loss| or gradient norm exceed `ratio` times their medians.
+
+  Never if `ratio` is 0, nor until the window is full: its median is NaN
+  before, which nothing exceeds.
+  """
+  limit = ratio * jnp.median(recent, axis=1)
+  return (now > limit).any() & (ratio > 0)
+
+
 def make_train_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
@@ -52,12 +64,23 @@ def make_train_step(
   schedule: optax.Schedule,
   seed: int,
   accumulation: int = 1,
+  max_loss_ratio: float = 0.0,
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
   """The step (state, batch) -> (state, metrics).
 
-  A step whose loss, gradient or update is not finite leaves parameters and
-  optimiser as they were and reports `finite` = 0: the loop decides what to
-  do about it, and no good state is ever lost.
+  A step whose loss, gradient or update is not finite, or explodes, leaves
+  parameters and optimiser as they were and reports `accepted` = 0: the loop
+  decides what to do about it, and no good state is ever lost.
+
+  Args:
+    loss_fn: what is minimised.
+    optimizer: what makes updates of gradients.
+    schedule: learning rate, for the metrics.
+    seed: of the random streams.
+    accumulation: slices of the batch, one after the other.
+    max_loss_ratio: a step explodes if |loss| or the gradient norm exceeds
+      this many times its median over the last WINDOW accepted steps; 0 for
+      no such limit.
   """
 
   def train_step(state: TrainState, batch: dict):
@@ -68,19 +91,25 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     norm = optax.tree.norm(updates)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    layers = jnp.stack([optax.tree.norm(g) for g in jax.tree.leaves(grads)])
+    now = jnp.stack([jnp.abs(metrics["loss"]), optax.tree.norm(layers)])
+    accepted = finite & ~explodes(now, state.recent, max_loss_ratio)
     new = TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
+      recent=jnp.concatenate([state.recent[:, 1:], now[:, None]], axis=1),
     )
     kept = state.replace(step=state.step + 1)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+    new = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, kept)
     metrics |= {
-      "grad_norm": optax.tree.norm(grads),
+      "grad_norm": now[1],
+      "layer_grad_norms": layers,
       "update_norm": norm,
       "param_norm": optax.tree.norm(new.params),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
       "finite": finite.astype(jnp.float32),
+      "accepted": accepted.astype(jnp.float32),
     }
     return new, metrics
 

@@ -7,6 +7,7 @@ because JSON has no NaN; TensorBoard keeps the original.
 
 import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -77,7 +78,8 @@ class MetricWriter:
       n: v if math.isfinite(v) else None for n, v in values.items()
     }
     line = json.dumps(self._record).encode() + b"\n"
-    os.pwrite(self._lines, line, self._offset)
+    if os.pwrite(self._lines, line, self._offset) < len(line):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(self._lines, self._offset + len(line))
     for name, value in values.items():
       self._add(step, summary.scalar(name, value))

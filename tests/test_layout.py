@@ -23,8 +23,8 @@ LAYERS = [
     data models losses metrics colours
     panoptic sheet diagnostics
     pseudo_classes visualise
-    optim sharding writers config weights pth prefetch
-    train_state checkpoint preemption workdir divergence
+    optim sharding writers config weights pth prefetch retention
+    train_state checkpoint preemption workdir divergence ledger
     train_step
     objective convert build_encoder
     backbone
@@ -32,7 +32,8 @@ LAYERS = [
     rounds
     program
     run
-    segmenter train_loop
+    segmenter resume
+    train_loop
     predict reports
     demo ablation plan benchmarks command __init__
   """.strip().splitlines()

@@ -6,8 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from spectraldiffusion_jax import divergence, sharding, train_step
-from spectraldiffusion_jax.train_state import TrainState, stream_keys
+from spectraldiffusion_jax import sharding, train_step
+from spectraldiffusion_jax.train_state import (
+  TrainState,
+  no_history,
+  stream_keys,
+)
 
 ROWS, WIDTH = 16, 4
 
@@ -19,13 +23,20 @@ def loss_fn(params, batch, rngs):
   return loss, {"fit_loss": loss}
 
 
-def make(accumulation=1, loss=loss_fn):
+def make(accumulation=1, loss=loss_fn, **options):
   schedule = optax.constant_schedule(0.1)
   tx = optax.adam(schedule)
   params = {"w": jnp.ones(WIDTH)}
-  state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+  state = TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(params), no_history()
+  )
   step = train_step.make_train_step(
-    loss, tx, schedule=schedule, seed=0, accumulation=accumulation
+    loss,
+    tx,
+    schedule=schedule,
+    seed=0,
+    accumulation=accumulation,
+    **options,
   )
   return state, step
 
@@ -83,17 +94,3 @@ def test_streams_differ_by_name_step_and_seed():
     for key in stream_keys(seed, step).values()
   ]
   assert len({str(d) for d in data}) == len(data)
-
-
-def test_the_watch_names_term_and_batch_of_a_failed_step(tmp_path, capsys):
-  state, step = make()
-  bad = batch()
-  bad["y"][0] = np.inf
-  watch = divergence.Watch(tmp_path, max_skips=1)
-  for number in (1, 2):
-    state, metrics = jax.jit(step)(state, bad)
-    watch.remember(number, metrics, np.arange(ROWS))
-    assert watch.diverged() == (number == 2)
-  out = capsys.readouterr().out
-  assert "step 1 was skipped: fit_loss" in out and "at step 2" in out
-  assert '"fit_loss"' in (tmp_path / divergence.FILE).read_text()
