@@ -139,10 +139,17 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def validate_model(config: ConfigDict) -> None:
-  """The same of the sections that say what a trained model is."""
+def validate_model(config: ConfigDict, *, also: tuple[str, ...] = ()) -> None:
+  """The same of the sections that say what a trained model is.
+
+  A run of an earlier version may lack fields of the others.
+
+  Args:
+    config: of a workdir.
+    also: sections of which no field may be missing either, such as "data.".
+  """
   values = dict(flatten(config))
-  check_present(values, MODEL_SECTIONS)
+  check_present(values, (*MODEL_SECTIONS, *also))
   check_kinds(values)
   _check_ranges(
     {k: v for k, v in values.items() if k.startswith(MODEL_SECTIONS)}

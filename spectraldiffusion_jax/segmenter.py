@@ -13,7 +13,7 @@ from PIL import Image
 from spectraldiffusion_jax import build, checkpoint, evaluate, train_step
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.data.transforms import resize_image, to_rgb
-from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.errors import UserError, choose
 from spectraldiffusion_jax.workdir import CONFIG_FILE
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
@@ -115,6 +115,7 @@ def load(source: str | pathlib.Path) -> Segmenter:
   name, _, which = source.partition("@")
   folder = pathlib.Path(name).expanduser().absolute()
   config = config_lib.load(folder / CONFIG_FILE)
+  config_lib.validate_model(config)
   return Segmenter(config, _restore_params(folder, config, which))
 
 
@@ -148,19 +149,20 @@ def save_pretrained(segmenter: Segmenter, folder: pathlib.Path) -> None:
 
 
 def _load_pretrained(name: str) -> Segmenter:
-  folder = PRETRAINED / name
-  if not (folder / CONFIG_FILE).exists():
-    there = sorted(p.name for p in PRETRAINED.glob("*") if p.is_dir())
-    raise UserError(
-      f"pretrained:{name} does not exist; there are: {', '.join(there) or '-'}"
-    )
+  there = {p.name: p for p in PRETRAINED.glob("*") if p.is_dir()}
+  folder = choose("pretrained", name, dict(sorted(there.items())))
   config = config_lib.load(folder / CONFIG_FILE)
+  config_lib.validate_model(config)
   wanted = traverse_util.flatten_dict(
     build.abstract_state(config).params, sep="/"
   )
-  with np.load(folder / "params.npz", allow_pickle=False) as stored:
-    if set(stored.files) != set(wanted):
+  try:
+    with np.load(folder / "params.npz", allow_pickle=False) as stored:
       names = sorted(set(stored.files) ^ set(wanted))
-      raise UserError(f"pretrained:{name} does not fit its config: {names[0]}")
-    flat = {key: np.float32(stored[key]) for key in stored.files}
+      flat = {key: np.float32(stored[key]) for key in wanted.keys() - names}
+  except Exception as error:  # numpy and zipfile raise many kinds
+    raise UserError(f"pretrained:{name} is damaged ({error})") from None
+  names += [k for k in flat if flat[k].shape != wanted[k].shape]
+  if names:
+    raise UserError(f"pretrained:{name} does not fit its config: {names[0]}")
   return Segmenter(config, traverse_util.unflatten_dict(flat, sep="/"))
