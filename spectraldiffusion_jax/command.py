@@ -73,9 +73,11 @@ def no_arguments(argv: list[str]) -> None:
     raise UserError(f"unexpected argument {argv[1]!r}; --help lists the flags")
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(
+  argv: list[str], values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
   try:
-    return flags.FLAGS(argv)
+    return values(argv)
   # A config flag runs its file and sets fields here, and so fails in as many
   # ways as those can.
   except (flags.Error, UserError, AttributeError, KeyError) as error:

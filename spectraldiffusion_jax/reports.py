@@ -51,7 +51,6 @@ def evaluate_run(
     UserError: run, data set or split do not exist.
   """
   model = segmenter.load(workdir)
-  config_lib.validate_model(model.config, also=("data.",))
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
   batches = _batches(
@@ -93,6 +92,7 @@ def evaluate_run(
 
 def _batches(config, dataset, split, data_root, *, batch_size, rows):
   """The split as the run saw its data, in batches the devices can share."""
+  config_lib.validate_model(config, also=("data.",))
   data = config.data
   size = batch_size or config.training.batch_size
   return pipeline.make_eval(

@@ -13,7 +13,7 @@ from PIL import Image
 from spectraldiffusion_jax import build, checkpoint, evaluate, train_step
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.data.transforms import resize_image, to_rgb
-from spectraldiffusion_jax.errors import UserError, choose
+from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.workdir import CONFIG_FILE
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
@@ -150,7 +150,12 @@ def save_pretrained(segmenter: Segmenter, folder: pathlib.Path) -> None:
 
 def _load_pretrained(name: str) -> Segmenter:
   there = {p.name: p for p in PRETRAINED.glob("*") if p.is_dir()}
-  folder = choose("pretrained", name, dict(sorted(there.items())))
+  if name not in there:  # and so never a path that leads elsewhere
+    raise UserError(
+      f"pretrained:{name} does not exist; there are: "
+      f"{', '.join(sorted(there)) or '-'}"
+    )
+  folder = there[name]
   config = config_lib.load(folder / CONFIG_FILE)
   config_lib.validate_model(config)
   wanted = traverse_util.flatten_dict(

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spectraldiffusion_jax.data.transforms import to_rgb
 from spectraldiffusion_jax.errors import UserError
@@ -75,6 +75,8 @@ def _decode(
       return convert(image)
   except UserError:
     raise
+  except UnidentifiedImageError:
+    raise UserError(f"is no image of {', '.join(FORMATS)}") from None
   except Image.DecompressionBombError:
     raise UserError(
       f"declares more pixels than max_pixels={max_pixels}"

@@ -29,7 +29,8 @@ import numpy as np
 from spectraldiffusion_jax.data.crc32c import masked_crc32c
 from spectraldiffusion_jax.errors import UserError
 
-MAX_RECORD = 1 << 23  # bytes; the public files stay below 4 MB a record
+MAX_RECORD = 1 << 22  # bytes; the public files stay below 4 MB a record
+_MAX_STRINGS = 100_000  # of a list, unless each is one byte
 _MAX_VARINT = 10  # bytes, of 64 bits in groups of 7
 _BYTES_LIST, _FLOAT_LIST = 1, 2  # field numbers of tf.train.Feature
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # protobuf wire types
@@ -219,7 +220,9 @@ def _joined(message: memoryview) -> bytes:
   # Not b"".join, which first lists the pieces: 180 bytes for each, and a
   # hostile record holds millions of empty ones.
   joined = bytearray()
-  for _, value in _fields(message):
+  for number, (_, value) in enumerate(_fields(message)):
+    if number == _MAX_STRINGS:
+      raise ValueError(f"a list of more than {_MAX_STRINGS} values")
     joined += value
   return bytes(joined)
 
