@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STARTED := $(shell date +%s)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all fuzz lint clean
 
 $(VENV)/.base: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(VENV)/.test  ## the whole suite but the slow checks
 
 test-all: $(VENV)/.test  ## the slow checks as well
 	$(BIN)/python -m pytest -n 2 -m ''
+
+fuzz: $(VENV)/.test  ## 1,500 hostile configs, records, images and weights
+	$(BIN)/python -m pytest tests/test_fuzz.py -s -m ''
 
 lint: $(VENV)/.test
 	$(BIN)/python -m compileall -q spectraldiffusion_jax configs launch tests

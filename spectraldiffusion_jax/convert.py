@@ -106,6 +106,8 @@ def flatten_tensors(
     if re.search(_UNUSED, path):
       unused.append(name)
       continue
+    if not array.size:
+      raise UserError(f"{name} is {array.shape}: it holds nothing")
     fused = re.search(r"/([a-z]+(?:\+[a-z]+)+)/", path)
     parts = fused[1].split("+") if fused else [""]
     if fused and (array.ndim == 0 or len(array) % len(parts)):

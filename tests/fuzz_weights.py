@@ -88,12 +88,17 @@ def wrong_header(random) -> bytes:
   return data
 
 
-def zipped(program: bytes, *, compression=zipfile.ZIP_STORED) -> bytes:
+def zipped(
+  program: bytes,
+  *,
+  compression=zipfile.ZIP_STORED,
+  storage: bytes = bytes(16),
+) -> bytes:
   """A .pth file with any pickle and one storage."""
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w", compression) as archive:
     archive.writestr("a/data.pkl", program)
-    archive.writestr("a/data/0", np.arange(4, dtype=np.float32).tobytes())
+    archive.writestr("a/data/0", storage)
   return file.getvalue()
 
 
