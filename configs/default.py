@@ -108,6 +108,7 @@ def get_config(variant: str = "") -> ConfigDict:
   data.extra_share = 0.3  # of the rows of a batch, if there is one [here]
   data.num_workers = 0  # grain worker processes; 0 = threads only [guide]
   data.num_threads = 8  # grain reader threads [here]
+  data.max_pixels = 64_000_000  # pixels, larger image files are refused [here]
   data.cache = True  # keep decoded training images in memory [here]
   data.augmentation = True  # apply config.augment while training [guide]
   data.crop = (29, 221, 64, 256)  # pixels, rows and columns; () = whole [here]

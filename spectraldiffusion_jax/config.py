@@ -11,8 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from spectraldiffusion_jax.config_kinds import check_kinds, check_present
 from spectraldiffusion_jax.errors import UserError, choose
 from spectraldiffusion_jax.models.vit_variants import VARIANTS
+
+MODEL_SECTIONS = ("model.", "spectral.", "mamba_slot.", "diffusion.")
+"""Sections that say what a trained model is."""
 
 UNET_TILE = 16
 """Image sides are multiples of this many pixels for the U-Net."""
@@ -25,6 +29,7 @@ FREE = (
   "data.num_workers",
   "data.num_threads",
   "data.cache",
+  "data.max_pixels",
   "mesh.",
   "model.backbone_weights",
   "training.remat",
@@ -67,6 +72,7 @@ POSITIVE = (
   "training.batch_size",
   "training.learning_rate",
   "training.gradient_accumulation",
+  "data.max_pixels",
   "logging.log_interval",
   "logging.val_interval",
   "logging.save_interval",
@@ -74,10 +80,12 @@ POSITIVE = (
 )
 
 NOT_NEGATIVE = (
+  "loss_weights.",
   "seed",
   "model.backbone_size",
   "model.backbone_trainable",
   "diffusion.num_tokens",
+  "model.stickiness",
   "spectral.merge",
   "training.num_epochs",
   "training.num_steps",
@@ -94,15 +102,26 @@ NOT_NEGATIVE = (
   "logging.image_interval",
   "composite.rounds",
   "composite.pastes",
+)
+
+SHARES = (
+  "augment.brightness",
+  "augment.contrast",
+  "augment.flip",
+  "augment.grayscale",
+  "augment.saturation",
   "composite.rate",
   "composite.grey_object",
   "composite.trust",
+  "data.extra_share",
+  "spectral.count_threshold",
 )
+"""Probabilities and parts of a whole, 0 to 1."""
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Yields ("section.field", value), tuples as lists."""
-  for name in sorted(config):
+  for name in sorted(config, key=str):
     value = config[name]
     if isinstance(value, (Mapping, ConfigDict)):
       yield from flatten(value, f"{prefix}{name}.")
@@ -114,14 +133,9 @@ def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def validate(config: ConfigDict) -> None:
   """Raises a UserError that names the first field that makes no sense."""
   values = dict(flatten(config))
-  for name, choices in CHOICES.items():
-    choose(name, values[name], dict.fromkeys(choices))
-  for name in POSITIVE:
-    if not values[name] > 0:
-      raise UserError(f"{name}={values[name]} has to be greater than 0")
-  for name in (*NOT_NEGATIVE, *(n for n in values if "loss_weights" in n)):
-    if not values[name] >= 0:
-      raise UserError(f"{name}={values[name]} must not be negative")
+  check_present(values, [""])
+  check_kinds(values)
+  _check_ranges(values)
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
   if config.model.backbone_scan and config.model.backbone_trainable:
@@ -129,11 +143,52 @@ def validate(config: ConfigDict) -> None:
       "model.backbone_scan=True freezes all blocks alike: it needs "
       "model.backbone_trainable=0"
     )
+  for name in ("mesh.data", "mesh.fsdp", "mesh.model"):
+    if values[name] != -1 and values[name] < 1:
+      raise UserError(f"{name}={values[name]} has to be positive, or -1")
   _check_tiling(config)
   crop = values["data.crop"]
-  if crop and (len(crop) != 4 or crop[0] >= crop[1] or crop[2] >= crop[3]):
+  if crop and (
+    len(crop) != 4 or not 0 <= crop[0] < crop[1] or not 0 <= crop[2] < crop[3]
+  ):
     raise UserError(
       f"data.crop={tuple(crop)} is not (row, row, column, column), rising"
+    )
+
+
+def validate_model(config: ConfigDict, *, also: tuple[str, ...] = ()) -> None:
+  """The same of the sections that say what a trained model is.
+
+  A run of an earlier version may lack fields of the others.
+
+  Args:
+    config: of a workdir.
+    also: sections of which no field may be missing either, such as "data.".
+  """
+  values = dict(flatten(config))
+  check_present(values, (*MODEL_SECTIONS, *also))
+  check_kinds(values)
+  _check_ranges(
+    {k: v for k, v in values.items() if k.startswith(MODEL_SECTIONS)}
+  )
+  _check_tiling(config)
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+  """Raises a UserError for the first value out of its range."""
+  for name, value in values.items():
+    if name in CHOICES:
+      choose(name, value, dict.fromkeys(CHOICES[name]))
+    elif name in POSITIVE and not value > 0:
+      raise UserError(f"{name}={value} has to be greater than 0")
+    elif name.startswith(NOT_NEGATIVE) and not value >= 0:
+      raise UserError(f"{name}={value} must not be negative")
+    elif name in SHARES and not 0 <= value <= 1:
+      raise UserError(f"{name}={value} is not in 0..1")
+  scales = values["spectral.scales"]
+  if not scales or min(scales) < 1:
+    raise UserError(
+      f"spectral.scales={tuple(scales)} has to hold positive sizes"
     )
 
 
@@ -156,6 +211,11 @@ def _check_tiling(config: ConfigDict) -> None:
     raise UserError(
       f"model.token_stride={stride}: the unet encoder has tokens of 2, 4 or 8"
       " pixels"
+    )
+  if model.encoder == "unet" and config.mamba_slot.key_dim < 2:
+    raise UserError(
+      f"mamba_slot.key_dim={config.mamba_slot.key_dim}: the votes of the unet"
+      " encoder take 2"
     )
 
 
@@ -184,20 +244,26 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
       return ConfigDict({k: thaw(v) for k, v in value.items()})
     return tuple(value) if isinstance(value, list) else value
 
-  return thaw(values).lock()
+  if not isinstance(values, Mapping):
+    raise UserError("it is no table of fields")
+  config = thaw(values)
+  check_kinds(dict(flatten(config)))
+  return config.lock()
 
 
 def load(path: pathlib.Path) -> ConfigDict:
   """Reads what `save` wrote.
 
   Raises:
-    UserError: there is no such file, or it is not JSON.
+    UserError: there is no such file, it is not JSON, or no config.
   """
   try:
     return from_dict(json.loads(path.read_text()))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f"workdir: {path} does not exist; give the folder of a training run"
     ) from None
-  except json.JSONDecodeError as error:
-    raise UserError(f"workdir: {path} is not valid JSON ({error})") from None
+  except UserError as error:
+    raise UserError(f"workdir: {path}: {error}") from None
+  except (OSError, RecursionError, TypeError, ValueError) as error:
+    raise UserError(f"workdir: {path} holds no config ({error})") from None

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from spectraldiffusion_jax import build, evaluate, segmenter, sharding
+from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.data import pipeline
 from spectraldiffusion_jax.version import __version__
 
@@ -91,6 +92,7 @@ def evaluate_run(
 
 def _batches(config, dataset, split, data_root, *, batch_size, rows):
   """The split as the run saw its data, in batches the devices can share."""
+  config_lib.validate_model(config, also=("data.",))
   data = config.data
   size = batch_size or config.training.batch_size
   return pipeline.make_eval(
@@ -100,6 +102,7 @@ def _batches(config, dataset, split, data_root, *, batch_size, rows):
     image_size=config.model.image_size,
     crop=crop_for(dataset, data),
     max_objects=data.max_objects or None,
+    max_pixels=data.max_pixels,
     batch_size=-(-size // rows) * rows,
     num_threads=data.num_threads,
     cache=True,

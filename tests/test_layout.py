@@ -21,7 +21,7 @@ LAYERS = [
     types errors version
     ops
     data models losses metrics colours
-    panoptic sheet diagnostics
+    panoptic sheet diagnostics config_kinds
     pseudo_classes visualise
     optim sharding writers config weights pth prefetch retention
     train_state checkpoint preemption workdir divergence ledger
