@@ -70,10 +70,10 @@ class Run:
     size = self.config.model.image_size
     rows = sharding.batch_rows(self.mesh)
     image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)
-    create = functools.partial(
-      train_state.create, self.model, self._optimizer, seed=self.config.seed
-    )
-    shapes = jax.eval_shape(create, image)
+    # The seed is an argument: runs that differ by it alone compile alike.
+    seed, replicated = self.config.seed, sharding.replicated(self.mesh)
+    create = functools.partial(train_state.create, self.model, self._optimizer)
+    shapes = jax.eval_shape(create, image, seed)
     state_sharding = sharding.state_sharding(shapes, self.mesh)
     batch_sharding = sharding.batch_sharding(self.mesh)
     self.abstract_state = jax.tree.map(
@@ -81,22 +81,24 @@ class Run:
       shapes,
       state_sharding,
     )
-    self.init_state = jax.jit(
-      lambda: create(jnp.zeros(image.shape)), out_shardings=state_sharding
+    init = jax.jit(
+      lambda seed: create(jnp.zeros(image.shape), seed),
+      out_shardings=state_sharding,
     )
+    self.init_state = lambda: init(seed)
     step = train_step.make_train_step(
       build.make_loss_fn(self.config, self.model),
       self._optimizer,
       schedule=self._schedule,
-      seed=self.config.seed,
       accumulation=self.config.training.gradient_accumulation,
     )
-    self.train_step = jax.jit(
+    step = jax.jit(
       step,
-      in_shardings=(state_sharding, batch_sharding),
-      out_shardings=(state_sharding, sharding.replicated(self.mesh)),
+      in_shardings=(state_sharding, batch_sharding, replicated),
+      out_shardings=(state_sharding, replicated),
       donate_argnums=0,
     )
+    self.train_step = lambda state, batch: step(state, batch, seed)
     eval_step = train_step.make_eval_step(self.model)
     self.eval_step = jax.jit(
       eval_step, in_shardings=(state_sharding.params, batch_sharding)

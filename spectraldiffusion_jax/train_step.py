@@ -50,17 +50,17 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   schedule: optax.Schedule,
-  seed: int,
+  seed: int = 0,
   accumulation: int = 1,
-) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
-  """The step (state, batch) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The step (state, batch) or (state, batch, seed) -> (state, metrics).
 
   A step whose loss, gradient or update is not finite leaves parameters and
   optimiser as they were and reports `finite` = 0: the loop decides what to
   do about it, and no good state is ever lost.
   """
 
-  def train_step(state: TrainState, batch: dict):
+  def train_step(state: TrainState, batch: dict, seed: int | Array = seed):
     rngs = stream_keys(seed, state.step)
     metrics, grads = accumulate(
       loss_fn, state.params, batch, rngs, accumulation

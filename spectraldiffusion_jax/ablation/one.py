@@ -1,9 +1,9 @@
 """One run of one cell, in a process of its own: train, score, measure.
 
-  python -m spectraldiffusion_jax.ablation.one --run=A/cells/full-0 \
-    --split=test --controls
+  python -m spectraldiffusion_jax.ablation.one A/cells/full-0 test controls
 
-The folder holds `cell.json`, the config, before, and `result.json` after.
+Folder, split, and `controls` to score the model at step 0 and the
+training-free step as well. The folder holds `cell.json`, the config, before, and `result.json` after.
 Peak memory is the process's, so a cell never inherits another one's.
 """
 
@@ -13,27 +13,20 @@ import resource
 import sys
 import time
 
-from absl import flags
-
 from spectraldiffusion_jax import command
 
-FOLDER = flags.DEFINE_string("run", None, "Folder of the run, with cell.json.")
-SPLIT = flags.DEFINE_string("split", "test", "TFDS split that is scored.")
-CONTROLS = flags.DEFINE_bool(
-  "controls", False, "Score the model at step 0 and the training-free step."
-)
 CONFIG, RESULT = "cell.json", "result.json"
 SCORES = ("fg_ari", "ari", "mbo")
 
 
 def main(argv: list[str]) -> int:
   """Trains to the end, then writes the result; returns training's code."""
-  command.no_arguments(argv)
+  _, place, split, *controls = argv
   from spectraldiffusion_jax import config as config_lib
   from spectraldiffusion_jax import evaluate, segmenter, train_loop
   from spectraldiffusion_jax.run import Run
 
-  folder = pathlib.Path(command.require(FOLDER, "run"))
+  folder = pathlib.Path(place)
   config = config_lib.load(folder / CONFIG)
   start = time.perf_counter()
   code = train_loop.train_and_evaluate(config, str(folder / "run"))
@@ -44,17 +37,17 @@ def main(argv: list[str]) -> int:
   parts = Run(config)
   trained = segmenter.load(folder / "run").params
   functions = {"trained": parts.segmenter(parts.place_params(trained))}
-  if CONTROLS.value:
+  if controls:
     functions["step0"] = parts.segmenter(parts.init_state().params)
     functions["training_free"] = parts.training_free
-  batches = parts.eval_batches(SPLIT.value)
+  batches = parts.eval_batches(split)
   found = {
     name: evaluate.evaluate(segment, batches, mesh=parts.mesh).scores
     for name, segment in functions.items()
   }
   result = {
     "scores": {name: per_image(scores) for name, scores in found.items()},
-    "split": SPLIT.value,
+    "split": split,
     "seconds": round(seconds, 1),
     "seconds_per_step": fastest(folder / "run" / "metrics.jsonl"),
     # Linux counts kilobytes, macOS bytes.

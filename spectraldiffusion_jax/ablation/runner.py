@@ -135,18 +135,20 @@ def run_one(place: pathlib.Path, split: str, *, controls: bool) -> int:
 
   SIGTERM to this process is passed on, so that the run saves before it ends.
   """
-  where = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+  # Seeds of a cell, and much of different cells, compile to the same program.
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(place.parent.parent / "cache")}
+  path = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
   with open(place / "log.txt", "a") as log:
     process = subprocess.Popen(
       [
         sys.executable,
         "-m",
         "spectraldiffusion_jax.ablation.one",
-        f"--run={place}",
-        f"--split={split}",
-        f"--controls={str(controls).lower()}",
+        str(place),
+        split,
+        *(["controls"] if controls else []),
       ],
-      env=os.environ | where,
+      env=cache | os.environ | path,
       stdout=log,
       stderr=subprocess.STDOUT,
     )
