@@ -70,6 +70,11 @@ _ROWS = (
     "GRU in place of the SSM cell: full M-steps, no gate",
   ),
   (
+    "one_iteration",
+    {"model.num_iterations": 1},
+    "one round of MAP-EM",
+  ),
+  (
     "no_spatial_fusion",
     {"mamba_slot.use_spatial_fusion": False},
     "no token scan inside the U-Net",

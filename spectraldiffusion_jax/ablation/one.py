@@ -3,7 +3,8 @@
   python -m spectraldiffusion_jax.ablation.one A/cells/full-0 test controls
 
 Folder, split, and `controls` to score the model at step 0 and the
-training-free step as well. The folder holds `cell.json`, the config, before, and `result.json` after.
+training-free step as well. The folder holds `cell.json`, the config, before
+and `result.json` after.
 Peak memory is the process's, so a cell never inherits another one's.
 """
 

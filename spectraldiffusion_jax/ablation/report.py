@@ -11,6 +11,8 @@ from PIL import Image
 from spectraldiffusion_jax.ablation import cells, chart, one
 
 METRICS = {"fg_ari": "FG-ARI", "ari": "ARI", "mbo": "mBO"}
+MEASURED = {"seconds_per_step": min, "peak_mb": max, "seconds": max}
+"""What is kept of the measurements of a cell's runs."""
 Results = Mapping[str, Mapping[int, dict]]
 """cell -> seed -> what `one` wrote."""
 
@@ -50,10 +52,9 @@ def summarise(results: Results) -> list[dict]:
     row = _row(name, cell.note, scores, _scores(full, "trained"))
     row["diverged"] = len(runs) - len(scores)
     kept = [r for r in runs.values() if r["scores"]]
-    if kept:
-      row["seconds_per_step"] = min(r["seconds_per_step"] for r in kept)
-      row["peak_mb"] = max(r["peak_mb"] for r in kept)
-      row["seconds"] = float(np.mean([r["seconds"] for r in kept]))
+    for field, pick in MEASURED.items():
+      if any(field in r for r in kept):
+        row[field] = pick([r[field] for r in kept])
     rows.append(row)
   return rows
 
