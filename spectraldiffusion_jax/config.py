@@ -112,6 +112,11 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f"{name}={values[name]} must not be negative")
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
+  if config.model.encoder != "unet" and not config.spectral.use_power_iteration:
+    raise UserError(
+      "spectral.use_power_iteration=False: only the graph of votes has a dense"
+      " form; set model.encoder=unet, or leave it True"
+    )
   _check_tiling(config)
   crop = values["data.crop"]
   if crop and (len(crop) != 4 or crop[0] >= crop[1] or crop[2] >= crop[3]):

@@ -66,7 +66,11 @@ class DiffusionDecoder(nn.Module):
     *,
     train: bool = False,
   ) -> Decoded:
-    """Training: a noised prediction. Else: masks and x_0 from pure noise."""
+    """Training: a noised prediction. Else: masks and x_0 from pure noise.
+
+    In training a second prediction, of which no gradient is taken, sees the
+    slots of the next image in the batch: it says what the slots are good for.
+    """
     x0 = latents(
       image, features, source=self.source, latent_dim=self.latent_dim
     )
@@ -89,9 +93,17 @@ class DiffusionDecoder(nn.Module):
       x0, jax.random.normal(draw, x0.shape), alpha, sigma
     )
     v, masks = self.denoiser(noised, t, slots.slots, slots.active, place)
+    swapped = None
+    if b > 1:
+      other = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(jnp.roll(x, 1, axis=0)), slots
+      )
+      swapped, _ = self.denoiser(noised, t, other.slots, other.active, place)
+      swapped = noise.to_x0(swapped, noised, alpha, sigma)
     return Decoded(
       masks=masks,
       prediction=noise.to_x0(v, noised, alpha, sigma),
       target=x0,
       weight=noise.loss_weight(alpha, sigma),
+      swapped=jax.lax.stop_gradient(swapped),
     )
