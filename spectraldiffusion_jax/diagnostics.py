@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from spectraldiffusion_jax import losses
+from spectraldiffusion_jax.models.diffusion_decoder import SWAP
 from spectraldiffusion_jax.types import Decoded
 
 COLLAPSED = 0.7  # slot similarity above which slots are copies of each other
@@ -77,9 +78,10 @@ def bypass(decoded: Decoded) -> dict[str, Float[Array, ""]]:
   """
   if decoded.swapped is None:
     return {}
+  target, own = decoded.target[:, ::SWAP], decoded.prediction[:, ::SWAP]
   own, other = (
-    losses.diffusion(prediction, decoded.target, decoded.weight)
-    for prediction in (decoded.prediction, decoded.swapped)
+    losses.diffusion(prediction, target, decoded.weight)
+    for prediction in (own, decoded.swapped)
   )
   return {"bypass": other - own}
 

@@ -12,7 +12,14 @@ import pytest
 
 from configs import clevr, default, procedural
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax.ablation import cells, chart, one, report, runner
+from spectraldiffusion_jax.ablation import (
+  cells,
+  chart,
+  one,
+  report,
+  runner,
+  trained,
+)
 from spectraldiffusion_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -80,6 +87,14 @@ def test_the_command_answers_a_wrong_name_in_one_line(tmp_path):
   assert done.returncode == 2 and "--cells='nonsense'" in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
   assert not (tmp_path / "a").exists()
+
+
+def test_without_training_only_cells_that_keep_the_parameters_are_left():
+  names = [cell.name for cell in trained.choose([])]
+  assert names[0] == "full" and "no_spectral_init" in names
+  assert not {"gru_update", "no_composites", "phase1"} & set(names)
+  with pytest.raises(UserError, match="gru_update has to be trained"):
+    trained.choose(["full", "gru_update"])
 
 
 def test_means_spreads_and_paired_differences():
@@ -262,3 +277,24 @@ def test_two_cells_at_32_pixels(tmp_path):
   assert all(np.isfinite(row["ari"]) for row in rows)
   assert rows[2]["seconds_per_step"] > 0 and rows[2]["peak_mb"] > 100
   assert rows[0]["ari"] > rows[1]["ari"]
+  flags = [
+    f"--trained={tmp_path / 'a' / 'cells' / 'full-0' / 'run'}",
+    f"--workdir={tmp_path / 'b'}",
+    "--cells=full,no_sharpening",
+    "--split=test[:8]",
+  ]
+  done = subprocess.run(
+    [sys.executable, "launch/ablate.py", *flags],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  again = json.loads((tmp_path / "b" / "ablation.json").read_text())
+  assert [r["name"] for r in again] == [
+    "training_free",
+    "full",
+    "no_sharpening",
+  ]
+  assert again[1]["ari"] == pytest.approx(rows[2]["ari"], abs=1e-6)

@@ -69,26 +69,26 @@ def _run_all(plan, configs, folder, split) -> int:
   """The runs in their order; the code of one that was stopped, or 0."""
   spent = []
   for i, ((cell, seed), config) in enumerate(zip(plan, configs, strict=True)):
-    place = folder / "cells" / f"{cell.name}-{seed}"
+    here = folder_of(folder, cell.name, seed)
     head = f"cell {i + 1} of {len(plan)}: {cell.name}, seed {seed}"
-    claim(place, config, split)
-    if (place / one.RESULT).exists():
+    claim(here, config, split)
+    if (here / one.RESULT).exists():
       print(f"{head}: done before", flush=True)
       continue
     left = _left(spent, plan[i:], folder)
     print(f"{head}{left}", flush=True)
     start = time.monotonic()
-    code = run_one(place, split, controls=cell.name == cells_lib.FULL)
+    code = run_one(here, split, controls=cell.name == cells_lib.FULL)
     spent.append(time.monotonic() - start)
     if code == train_loop.DIVERGED:
-      _note_divergence(place, split)
+      _note_divergence(here, split)
     elif code == train_loop.EXIT_CODE or code < 0:
       print(f"stopped; start again to go on with {cell.name}, seed {seed}")
       return train_loop.EXIT_CODE
     elif code:
       raise UserError(
-        f"cell {cell.name}, seed {seed}: {_last_line(place / 'log.txt')} "
-        f"(exit code {code}, {place / 'log.txt'})"
+        f"cell {cell.name}, seed {seed}: {_last_line(here / 'log.txt')} "
+        f"(exit code {code}, {here / 'log.txt'})"
       )
     report.write(collect(folder, split), folder)
   return 0
@@ -99,11 +99,16 @@ def _left(spent, rest, folder) -> str:
   if not spent:
     return ""
   todo = sum(
-    not (folder / "cells" / f"{cell.name}-{seed}" / one.RESULT).exists()
+    not (folder_of(folder, cell.name, seed) / one.RESULT).exists()
     for cell, seed in rest
   )
   seconds = round(todo * sum(spent) / len(spent))
   return f", eta {datetime.timedelta(seconds=seconds)}"
+
+
+def folder_of(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  """The folder of one run of a cell."""
+  return folder / "cells" / f"{name}-{seed}"
 
 
 def claim(place: pathlib.Path, config: ConfigDict, split: str) -> None:

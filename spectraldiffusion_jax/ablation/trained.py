@@ -5,15 +5,15 @@ part is worth here is what it is worth to the masks, not to the training.
 """
 
 import functools
+import json
 import pathlib
-import time
 from collections.abc import Sequence
 
 import jax
 
 from spectraldiffusion_jax import build, evaluate, reports, segmenter, sharding
 from spectraldiffusion_jax.ablation import cells as cells_lib
-from spectraldiffusion_jax.ablation import one, report
+from spectraldiffusion_jax.ablation import one, report, runner
 from spectraldiffusion_jax.errors import UserError
 
 FIELDS = (
@@ -80,23 +80,29 @@ def run(
   )
   params = jax.device_put(model.params, sharding.replicated(mesh))
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  results, seed = {}, model.config.seed
+  # Results of one folder are of one model on one split.
+  split = f"{trained} on {split}"
   for i, cell in enumerate(chosen):
     print(f"cell {i + 1} of {len(chosen)}: {cell.name}", flush=True)
-    config = cells_lib.configure(model.config, cell, seed)
+    config = cells_lib.configure(model.config, cell, model.config.seed)
+    place = runner.folder_of(folder, cell.name, config.seed)
+    runner.claim(place, config, split)
+    if (place / one.RESULT).exists():
+      continue
     step = jit(segmenter.Segmenter(config, model.params).labels)
     functions = {"trained": functools.partial(step, params)}
     if cell.name == cells_lib.FULL:
       functions["training_free"] = jit(build.make_training_free(config))
-    start = time.perf_counter()
-    scores = {
-      name: one.per_image(evaluate.evaluate(f, batches, mesh=mesh).scores)
-      for name, f in functions.items()
+    found = {
+      name: evaluate.evaluate(function, batches, mesh=mesh)
+      for name, function in functions.items()
     }
-    seconds = time.perf_counter() - start
-    results[cell.name] = {
-      seed: {"scores": scores, "split": split, "seconds": seconds}
+    result = {
+      "scores": {name: one.per_image(f.scores) for name, f in found.items()},
+      "split": split,
+      "seconds": found["trained"].seconds,
     }
-  folder.mkdir(parents=True, exist_ok=True)
-  print(report.write(results, folder))
+    (place / one.RESULT).write_text(json.dumps(result))
+    report.write(runner.collect(folder, split), folder)
+  print(report.write(runner.collect(folder, split), folder))
   return 0

@@ -14,6 +14,9 @@ from spectraldiffusion_jax.models import layers
 from spectraldiffusion_jax.ops import noise
 from spectraldiffusion_jax.types import Decoded, Features, Slots
 
+SWAP = 4
+"""One in so many denoised tokens is denoised again with other slots."""
+
 
 def whiten(x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
   """Zero mean and unit variance of each channel over the batch's tokens."""
@@ -68,8 +71,8 @@ class DiffusionDecoder(nn.Module):
   ) -> Decoded:
     """Training: a noised prediction. Else: masks and x_0 from pure noise.
 
-    In training a second prediction, of which no gradient is taken, sees the
-    slots of the next image in the batch: it says what the slots are good for.
+    In training a second prediction, of every SWAP-th token and without a
+    gradient, sees another image's slots: it says what slots are good for.
     """
     x0 = latents(
       image, features, source=self.source, latent_dim=self.latent_dim
@@ -98,8 +101,9 @@ class DiffusionDecoder(nn.Module):
       other = jax.tree.map(
         lambda x: jax.lax.stop_gradient(jnp.roll(x, 1, axis=0)), slots
       )
-      swapped, _ = self.denoiser(noised, t, other.slots, other.active, place)
-      swapped = noise.to_x0(swapped, noised, alpha, sigma)
+      some, where = noised[:, ::SWAP], place[:, ::SWAP]
+      swapped, _ = self.denoiser(some, t, other.slots, other.active, where)
+      swapped = noise.to_x0(swapped, some, alpha, sigma)
     return Decoded(
       masks=masks,
       prediction=noise.to_x0(v, noised, alpha, sigma),
