@@ -130,7 +130,7 @@ def _dot(pen, row, metric, axis, middle):
     return
   ink = COLOURS[metric]
   if value < axis.low:
-    words = f"< {value:+.2f}"
+    words = f"{value:+.2f}, off the scale"
     pen.text(axis(value) + 6, middle, words, "lm", ink, 10)
     return
   pen.whiskers(axis(value - error), axis(value + error), middle, ink)
