@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
   model.num_slots = 11  # K, background included [guide]
   model.slot_dim = 64  # D, channels of a slot [guide: 768 with ViT-B]
   model.num_iterations = 3  # T, refinement iterations [guide]
-  model.use_spectral_init = True  # False: model.slot_init [guide]
+  model.use_spectral_init = True  # False: random tokens, or slot_init [guide]
   model.use_diffusion_decoder = True  # False: model.decoder [guide]
   model.dinov2_model = ""  # such as dinov2_vitb14; "" = model.encoder [guide]
   model.backbone_weights = ""  # file of launch/convert.py, or random [here]
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
   # Pixels a side of one slot-attention token, or, with a backbone, which has
   # its own, of one token of the training-free colour step [here].
   model.token_stride = 4
-  model.slot_init = "gaussian"  # gaussian | learned, without spectral init
+  model.slot_init = "gaussian"  # gaussian | learned, without spectral or GMM
   model.slot_update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
   model.decoder = "broadcast"  # broadcast | patch_mlp | none, without diffusion
   model.decoder_width = 32  # channels of the mixture decoder [here]
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.scales = (8, 16, 32)  # tokens a side, modes fused, per_scale [guide]
   spectral.k_per_scale = 4  # clusters a scale, mode per_scale [guide]
   spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
-  spectral.use_power_iteration = True  # False: dense eigh [guide]
+  spectral.use_power_iteration = True  # False: dense eigh, unet only [guide]
   spectral.sigma = 0.06  # affinity scale of colours, Lab / 100 [here]
   spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
   spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]

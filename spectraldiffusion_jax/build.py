@@ -37,6 +37,7 @@ from spectraldiffusion_jax.ops import (
   landmarks,
   partition,
   pseudo_labels,
+  random_partition,
   vote_partition,
 )
 from spectraldiffusion_jax.train_state import TrainState
@@ -70,14 +71,24 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
 
 
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:
-  """The batched spectral step: features -> assignment [B K N], active."""
+  """The batched spectral step: features -> assignment [B K N], active.
+
+  Without `model.use_spectral_init`, random tokens stand in its place.
+  """
   spectral, slots = config.spectral, config.model.num_slots
-  if has_field(config):
+  if not config.model.use_spectral_init:
+    one = functools.partial(
+      random_partition.random_partition,
+      num_slots=slots,
+      field=has_field(config),
+    )
+  elif has_field(config):
     one = functools.partial(
       vote_partition.vote_partition,
       num_slots=slots,
       sigma=spectral.vote_sigma,
       threshold=spectral.count_threshold,
+      dense=not spectral.use_power_iteration,
     )
   else:
     graph = dict(sigma=spectral.sigma, tau=spectral.merge)
@@ -143,9 +154,9 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     cell=cell,
     dtype=dtype,
   )
-  probabilistic = mamba.use_gmm_prior and model.use_spectral_init
+  probabilistic = mamba.use_gmm_prior
   random_slots = None
-  if not model.use_spectral_init:
+  if not (model.use_spectral_init or probabilistic):
     inits = {
       "gaussian": slot_init.GaussianInit,
       "learned": slot_init.LearnedInit,
@@ -169,7 +180,7 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
       model_lib.LearnedPrior(key_dim=mamba.key_dim) if probabilistic else None
     ),
     random_slots=random_slots,
-    partition=make_partition(config) if model.use_spectral_init else None,
+    partition=None if random_slots else make_partition(config),
     stickiness=model.stickiness,
     mirror=model.mirror and has_field(config),
     source=graph_source(config),

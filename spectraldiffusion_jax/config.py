@@ -146,6 +146,11 @@ def validate(config: ConfigDict) -> None:
   for name in ("mesh.data", "mesh.fsdp", "mesh.model"):
     if values[name] != -1 and values[name] < 1:
       raise UserError(f"{name}={values[name]} has to be positive, or -1")
+  if config.model.encoder != "unet" and not config.spectral.use_power_iteration:
+    raise UserError(
+      "spectral.use_power_iteration=False: only the graph of votes has a dense"
+      " form; set model.encoder=unet, or leave it True"
+    )
   _check_tiling(config)
   crop = values["data.crop"]
   if crop and (

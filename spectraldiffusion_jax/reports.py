@@ -53,7 +53,7 @@ def evaluate_run(
   model = segmenter.load(workdir)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  batches = _batches(
+  split_batches = batches(
     model.config,
     dataset,
     split,
@@ -61,7 +61,7 @@ def evaluate_run(
     batch_size=batch_size,
     rows=sharding.batch_rows(mesh),
   )
-  run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
+  run = functools.partial(evaluate.evaluate, batches=split_batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
   params = jax.device_put(model.params, sharding.replicated(mesh))
   trained = run(functools.partial(jit(model.labels), params))
@@ -90,7 +90,7 @@ def evaluate_run(
   return report
 
 
-def _batches(config, dataset, split, data_root, *, batch_size, rows):
+def batches(config, dataset, split, data_root, *, batch_size, rows):
   """The split as the run saw its data, in batches the devices can share."""
   config_lib.validate_model(config, also=("data.",))
   data = config.data

@@ -58,6 +58,13 @@ def test_a_wrong_value_is_named_in_one_line(name, value, words):
   assert "\n" not in str(error.value)
 
 
+def test_dense_eigenvectors_are_for_the_graph_of_votes_alone():
+  config = procedural.get_config("baseline").copy_and_resolve_references()
+  config.spectral.use_power_iteration = False
+  with pytest.raises(UserError, match="use_power_iteration=False"):
+    config_lib.validate(config)
+
+
 def test_a_run_of_no_steps_is_refused():
   config = changed("training.num_epochs", 0)
   with pytest.raises(UserError, match="both 0"):

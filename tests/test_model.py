@@ -58,6 +58,10 @@ def segment(model, params, image):
 ARCHITECTURES = {
   "full": ("easy", {}),
   "baseline": ("baseline", {}),
+  "random starts of Gaussian slots": (
+    "easy",
+    dict(model__use_spectral_init=False),
+  ),
   "colour graph and GMM, mixture decoder": (
     "easy",
     dict(

@@ -110,3 +110,22 @@ def test_a_large_foreground_is_thinned_not_cut_off():
   assert int(part.count) == 5
   shares = np.asarray(part.assignment)[truth.ravel() > 0, 1:].sum(1) > 0
   assert 0 < shares.sum() <= 40
+
+
+def test_dense_eigenvectors_give_the_same_partition(found):
+  scenes, iterated = found
+  dense = jax.jit(
+    lambda f: vp.vote_partition(f, num_slots=SLOTS, sigma=0.3, dense=True)
+  )
+  for i in (0, 3, SLOTS - 2):
+    part = jax.device_get(dense(scenes[i][0]))
+    assert part.count == iterated.count[i]
+    np.testing.assert_allclose(
+      part.assignment.max(1), iterated.assignment[i].max(1), atol=1e-3
+    )
+    assert (
+      adjusted_rand_score(
+        part.assignment.argmax(1), iterated.assignment[i].argmax(1)
+      )
+      == 1.0
+    )

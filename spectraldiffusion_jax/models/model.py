@@ -234,8 +234,7 @@ class SpectralDiffusion(nn.Module):
         tau=self.tau,
       )
       masks = masks.reshape(*masks.shape[:2], *size)
-      return (
-        sharpen(image, masks, self.stickiness) if self.stickiness else masks
-      )
-    masks = slots.attention if decoded is None else decoded.masks
-    return masks if masks.ndim == 4 else upsample(masks, grid, size)
+    else:
+      masks = slots.attention if decoded is None else decoded.masks
+      masks = masks if masks.ndim == 4 else upsample(masks, grid, size)
+    return sharpen(image, masks, self.stickiness) if self.stickiness else masks

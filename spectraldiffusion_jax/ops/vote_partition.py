@@ -78,6 +78,7 @@ def vote_partition(
   limit: int = 512,
   rounds: int = 2,
   degree: int = 8,
+  dense: bool = False,
 ) -> Partition:
   """Shares tokens out: slot 0 the background, one slot a counted object.
 
@@ -90,6 +91,7 @@ def vote_partition(
       belongs to no slot yet; the first E-step shares it out.
     rounds: of the filtered block iteration.
     degree: of its Chebyshev filter.
+    dense: diagonalise the whole matrix instead, the oracle of the iteration.
   """
   features = jnp.nan_to_num(jax.lax.stop_gradient(features))
   tokens = features.reshape(-1, 3)
@@ -97,9 +99,13 @@ def vote_partition(
   graph = vote_graph(tokens[chosen], sigma=sigma)
   matvec, lead = _operator(graph)
   wanted = max(1, min(num_slots - 1, chosen.shape[0]))
-  pairs = spectral.leading_eigenpairs(
-    matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
-  )
+  if dense:
+    pairs = spectral.rayleigh_ritz(matvec, jnp.eye(chosen.shape[0]))
+    pairs = jax.tree.map(lambda x: x[..., :wanted], pairs)
+  else:
+    pairs = spectral.leading_eigenpairs(
+      matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
+    )
   count = jnp.maximum(jnp.sum(pairs.value > threshold), 1)
   share = clustering.cpqr(pairs.vector, count=count)
   chance = jnp.where(tokens[:, :1] > LEAST, tokens[:, :1], 0.0)

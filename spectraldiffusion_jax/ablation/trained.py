@@ -1,0 +1,108 @@
+"""Parts switched off in a model that is trained already: seconds, not hours.
+
+Only fields that leave the parameters as they are can be changed so. What a
+part is worth here is what it is worth to the masks, not to the training.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from spectraldiffusion_jax import build, evaluate, reports, segmenter, sharding
+from spectraldiffusion_jax.ablation import cells as cells_lib
+from spectraldiffusion_jax.ablation import one, report, runner
+from spectraldiffusion_jax.errors import UserError
+
+FIELDS = (
+  "model.num_iterations",
+  "model.stickiness",
+  "model.use_spectral_init",
+  "spectral.use_power_iteration",
+)
+"""What a trained model can be asked to do without."""
+
+
+def choose(names: Sequence[str]) -> list[cells_lib.Cell]:
+  """The named cells, all that can be had for none.
+
+  Raises:
+    UserError: a named cell has to be trained.
+  """
+  chosen = cells_lib.choose_cells(names)
+  fitting = [c for c in chosen if set(c.fields) <= set(FIELDS)]
+  for cell in chosen if names else ():
+    if cell not in fitting:
+      raise UserError(
+        f"--cells={cell.name} has to be trained; with --trained there are "
+        f"{', '.join(c.name for c in choose(()))}"
+      )
+  return fitting
+
+
+def run(
+  trained: str,
+  folder: pathlib.Path,
+  *,
+  names: Sequence[str],
+  split: str,
+  dataset: str,
+  data_root: str,
+) -> int:
+  """Scores a trained run with its parts switched off, and writes the tables.
+
+  Args:
+    trained: run to load, see `segmenter.load`.
+    folder: of the tables, made if it is not there.
+    names: of cells, none for all that need no training.
+    split: that is scored.
+    dataset: data set, "" for the run's own.
+    data_root: folder of data sets, "" for the run's own.
+
+  Returns:
+    0.
+
+  Raises:
+    UserError: run, cell, data set or split do not exist.
+  """
+  chosen = choose(names)
+  model = segmenter.load(trained)
+  mesh = sharding.make_mesh(data=-1)
+  batches = reports.batches(
+    model.config,
+    dataset or model.config.data.dataset,
+    split,
+    data_root or model.config.data.data_root,
+    batch_size=0,
+    rows=sharding.batch_rows(mesh),
+  )
+  params = jax.device_put(model.params, sharding.replicated(mesh))
+  jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
+  # Results of one folder are of one model on one split.
+  split = f"{trained} on {split}"
+  for i, cell in enumerate(chosen):
+    print(f"cell {i + 1} of {len(chosen)}: {cell.name}", flush=True)
+    config = cells_lib.configure(model.config, cell, model.config.seed)
+    place = runner.folder_of(folder, cell.name, config.seed)
+    runner.claim(place, config, split)
+    if (place / one.RESULT).exists():
+      continue
+    step = jit(segmenter.Segmenter(config, model.params).labels)
+    functions = {"trained": functools.partial(step, params)}
+    if cell.name == cells_lib.FULL:
+      functions["training_free"] = jit(build.make_training_free(config))
+    found = {
+      name: evaluate.evaluate(function, batches, mesh=mesh)
+      for name, function in functions.items()
+    }
+    result = {
+      "scores": {name: one.per_image(f.scores) for name, f in found.items()},
+      "split": split,
+      "seconds": found["trained"].seconds,
+    }
+    (place / one.RESULT).write_text(json.dumps(result))
+    report.write(runner.collect(folder, split), folder)
+  print(report.write(runner.collect(folder, split), folder))
+  return 0
