@@ -106,6 +106,12 @@ def has_field(config: ConfigDict) -> bool:
   return config.model.encoder == "unet"
 
 
+def count_rule(config: ConfigDict, *, default: str) -> str:
+  """How clusters are counted: spectral.count, or a mode's default if auto."""
+  rule = config.spectral.count
+  return default if rule == "auto" else rule
+
+
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:
   """The batched spectral step: features -> assignment [B K N], active."""
   spectral, slots = config.spectral, config.model.num_slots
@@ -115,11 +121,20 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
       num_slots=slots,
       sigma=spectral.vote_sigma,
       threshold=spectral.count_threshold,
+      count_rule=count_rule(config, default="threshold"),
     )
   else:
     options = {
-      "graph": dict(sigma=spectral.sigma, tau=spectral.merge),
-      "fused": dict(scales=spectral.scales, knn_k=spectral.knn_k),
+      "graph": dict(
+        sigma=spectral.sigma,
+        tau=spectral.merge,
+        count_rule=count_rule(config, default="threshold"),
+      ),
+      "fused": dict(
+        scales=spectral.scales,
+        knn_k=spectral.knn_k,
+        count_rule=count_rule(config, default="fixed"),
+      ),
       "per_scale": dict(
         scales=spectral.scales,
         knn_k=spectral.knn_k,
@@ -190,6 +205,7 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     random_slots=random_slots,
     partition=make_partition(config) if model.use_spectral_init else None,
     stickiness=model.stickiness,
+    weight_threshold=mamba.weight_threshold,
     source="field" if has_field(config) else "colour",
   )
 

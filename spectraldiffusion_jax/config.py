@@ -5,8 +5,9 @@ which values make sense, and says so in one line that names the field.
 """
 
 import json
+import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -28,6 +29,12 @@ FREE = (
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs, never what it computes."""
 
+ADDED = {
+  "spectral.count": "auto",
+  "mamba_slot.weight_threshold": 0.0,
+}
+"""Fields that older runs do not have yet, with the value they are given."""
+
 CHOICES = {
   "model.encoder": ("unet", "cnn", "vit_tiny"),
   "model.slot_init": ("gaussian", "learned"),
@@ -35,6 +42,7 @@ CHOICES = {
   "model.decoder": ("broadcast", "patch_mlp", "none"),
   "model.compute_dtype": ("float32", "bfloat16"),
   "spectral.mode": ("graph", "fused", "per_scale"),
+  "spectral.count": ("auto", "threshold", "eigengap", "fixed"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
 }
 
@@ -70,6 +78,7 @@ NOT_NEGATIVE = (
   "model.backbone_size",
   "diffusion.num_tokens",
   "spectral.merge",
+  "mamba_slot.weight_threshold",
   "training.num_epochs",
   "training.num_steps",
   "training.warmup_epochs",
@@ -175,16 +184,50 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def load(path: pathlib.Path) -> ConfigDict:
-  """Reads what `save` wrote.
+  """Reads what `save` wrote; fields of ADDED that it lacks are filled in.
 
   Raises:
     UserError: there is no such file, or it is not JSON.
   """
   try:
-    return from_dict(json.loads(path.read_text()))
+    values = json.loads(path.read_text())
   except FileNotFoundError:
     raise UserError(
       f"workdir: {path} does not exist; give the folder of a training run"
     ) from None
   except json.JSONDecodeError as error:
     raise UserError(f"workdir: {path} is not valid JSON ({error})") from None
+  present = dict(flatten(values))
+  for name in sorted(ADDED.keys() - present.keys()):
+    section, field = name.split(".")
+    logging.info("%s: %s is new, set to %r", path, name, ADDED[name])
+    values.setdefault(section, {})[field] = ADDED[name]
+  return from_dict(values)
+
+
+def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
+  """A copy of a config with fields set from `section.field=value` texts.
+
+  Raises:
+    UserError: a field does not exist, or its value makes no sense.
+  """
+  values = config.to_dict()
+  for text in settings:
+    name, equals, value = text.partition("=")
+    section, _, field = name.partition(".")
+    old = values[section].get(field) if section in values else None
+    if not equals or old is None or isinstance(old, (tuple, list, Mapping)):
+      raise UserError(f"--set={text}: write section.field=value, one that is")
+    try:
+      values[section][field] = (
+        {"true": True, "false": False}[value.lower()]
+        if isinstance(old, bool)
+        else type(old)(value)
+      )
+    except (KeyError, ValueError):
+      raise UserError(
+        f"--set={text}: {name} is a {type(old).__name__} such as {old}"
+      ) from None
+  changed = from_dict(values)
+  validate(changed)
+  return changed
