@@ -88,8 +88,8 @@ def vote_partition(
     num_slots: K; at most K - 1 objects are told apart.
     sigma: distance of votes, in their units, at which affinity fades.
     threshold: eigenvalues above it count objects.
-    count_rule: "threshold", "eigengap" (the largest gap between eigenvalues)
-      or "fixed" (K - 1 objects, whatever the eigenvalues).
+    count_rule: "threshold", "eigengap" (largest gap between eigenvalues, at
+      most K - 2 objects) or "fixed" (always K - 1 objects).
     limit: most tokens in the graph. What is left of a larger foreground
       belongs to no slot yet; the first E-step shares it out.
     rounds: of the filtered block iteration.
@@ -102,15 +102,15 @@ def vote_partition(
   matvec, lead = _operator(graph)
   wanted = max(1, min(num_slots - 1, chosen.shape[0]))
   pairs = spectral.leading_eigenpairs(
-    matvec, lead, count=wanted + 1, rounds=rounds, degree=degree, low=0.0
+    matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
   )
   rules = {
-    "threshold": lambda: jnp.sum(pairs.value[:-1] > threshold),
+    "threshold": lambda: jnp.sum(pairs.value > threshold),
     "eigengap": lambda: clustering.eigengap_count(pairs.value, low=1),
     "fixed": lambda: wanted,
   }
   count = jnp.maximum(choose("count_rule", count_rule, rules)(), 1)
-  share = clustering.cpqr(pairs.vector[:, :wanted], count=count)
+  share = clustering.cpqr(pairs.vector, count=count)
   chance = jnp.where(tokens[:, :1] > LEAST, tokens[:, :1], 0.0)
   objects = jnp.zeros((tokens.shape[0], wanted)).at[chosen].set(share)
   objects = jnp.pad(objects * chance, ((0, 0), (0, num_slots - 1 - wanted)))
