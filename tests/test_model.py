@@ -184,3 +184,21 @@ def test_the_default_model_has_shapes_at_full_size():
   state = build.abstract_state(default.get_config())
   sizes = [np.prod(p.shape) for p in jax.tree.leaves(state.params)]
   assert 5e5 < sum(sizes) < 1.25e6  # within 5 MB of float32
+
+
+def test_the_config_says_how_slots_are_counted():
+  features = np.zeros((1, 8, 8, 3), np.float32)
+  features[0, 1:4, 1:4] = features[0, 5:8, 5:8] = [1.0, 2.0, 2.0]
+  features[0, 5:8, 5:8, 1:] = 5.0
+
+  def slots(count):
+    run = build.make_partition(small(spectral__count=count))
+    return int(jax.jit(run)(features)[1].sum())
+
+  assert slots("auto") == slots("threshold") == 3 and slots("fixed") == 5
+
+
+def test_light_slots_are_dropped_at_inference_alone():
+  model, params = built(mamba_slot__weight_threshold=100.0)
+  active = segment(model, params, images()).slots.active
+  assert (active.sum(1) <= 2).all() and active[:, 0].all()
