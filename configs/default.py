@@ -50,12 +50,14 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.sigma = 0.06  # affinity scale of colours, Lab / 100 [here]
   spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
   spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]
+  spectral.count = "auto"  # auto | threshold | eigengap | fixed [here]
   spectral.merge = 0.07  # smallest boundary contrast kept, Lab / 100 [here]
 
   c.mamba_slot = mamba = ConfigDict()
   mamba.d_state = 64  # S, SSM state width a head [guide]
   mamba.use_gmm_prior = True  # identifiable slots: MAP-EM + prior [guide]
   mamba.use_spatial_fusion = True  # token scan + dilated fusion [guide]
+  mamba.weight_threshold = 0.0  # of 1/K: lighter slots go at inference [here]
   mamba.key_dim = 2  # E, width of the space in which slots compete [here]
 
   c.diffusion = diffusion = ConfigDict()

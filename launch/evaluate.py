@@ -33,6 +33,10 @@ BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 0, "Images a step; default: the run's.", 0
 )
 
+SET = flags.DEFINE_multi_string(
+  "set", [], "Field to change, such as spectral.count=eigengap; repeatable."
+)
+
 
 def main(argv: list[str]) -> None:
   """Loads, scores, prints, writes."""
@@ -50,6 +54,7 @@ def main(argv: list[str]) -> None:
     dataset=DATASET.value,
     data_root=DATA_ROOT.value,
     batch_size=BATCH_SIZE.value,
+    settings=SET.value,
     output=pathlib.Path(output or f"{workdir.partition('@')[0]}/eval"),
   )
 

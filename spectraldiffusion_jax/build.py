@@ -70,6 +70,12 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
   )
 
 
+def count_rule(config: ConfigDict, *, default: str) -> str:
+  """How clusters are counted: spectral.count, or a mode's default if auto."""
+  rule = config.spectral.count
+  return default if rule == "auto" else rule
+
+
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:
   """The batched spectral step: features -> assignment [B K N], active.
 
@@ -89,6 +95,7 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
       sigma=spectral.vote_sigma,
       threshold=spectral.count_threshold,
       dense=not spectral.use_power_iteration,
+      count_rule=count_rule(config, default="threshold"),
     )
   else:
     graph = dict(sigma=spectral.sigma, tau=spectral.merge)
@@ -97,8 +104,14 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
       # and regions only merge until there are no more than slots.
       graph = dict(sigma=None, tau=0.0)
     options = {
-      "graph": graph,
-      "fused": dict(scales=spectral.scales, knn_k=spectral.knn_k),
+      "graph": dict(
+        count_rule=count_rule(config, default="threshold"), **graph
+      ),
+      "fused": dict(
+        scales=spectral.scales,
+        knn_k=spectral.knn_k,
+        count_rule=count_rule(config, default="fixed"),
+      ),
       "per_scale": dict(
         scales=spectral.scales,
         knn_k=spectral.knn_k,
@@ -183,6 +196,7 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     partition=None if random_slots else make_partition(config),
     stickiness=model.stickiness,
     mirror=model.mirror and has_field(config),
+    weight_threshold=mamba.weight_threshold,
     source=graph_source(config),
   )
 

@@ -6,7 +6,7 @@ which values make sense, and says so in one line that names the field.
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,6 +47,7 @@ CHOICES = {
   "model.compute_dtype": ("float32", "bfloat16"),
   "logging.keep_best": ("val/ari", "val/fg_ari", "val/mbo", "val/miou", ""),
   "spectral.mode": ("graph", "fused", "per_scale"),
+  "spectral.count": ("auto", "threshold", "eigengap", "fixed"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
   "training.remat": ("none", "dots", "full"),
 }
@@ -87,6 +88,7 @@ NOT_NEGATIVE = (
   "diffusion.num_tokens",
   "model.stickiness",
   "spectral.merge",
+  "mamba_slot.weight_threshold",
   "training.num_epochs",
   "training.num_steps",
   "training.warmup_epochs",
@@ -272,3 +274,31 @@ def load(path: pathlib.Path) -> ConfigDict:
     raise UserError(f"workdir: {path}: {error}") from None
   except (OSError, RecursionError, TypeError, ValueError) as error:
     raise UserError(f"workdir: {path} holds no config ({error})") from None
+
+
+def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
+  """A copy of a config with fields set from `section.field=value` texts.
+
+  Raises:
+    UserError: a field does not exist, or its value makes no sense.
+  """
+  values = config.to_dict()
+  for text in settings:
+    name, equals, value = text.partition("=")
+    section, _, field = name.partition(".")
+    old = values[section].get(field) if section in values else None
+    if not equals or old is None or isinstance(old, (tuple, list, Mapping)):
+      raise UserError(f"--set={text}: write section.field=value, one that is")
+    try:
+      values[section][field] = (
+        {"true": True, "false": False}[value.lower()]
+        if isinstance(old, bool)
+        else type(old)(value)
+      )
+    except (KeyError, ValueError):
+      raise UserError(
+        f"--set={text}: {name} is a {type(old).__name__} such as {old}"
+      ) from None
+  changed = from_dict(values)
+  validate(changed)
+  return changed

@@ -43,6 +43,7 @@ TEXTS = (
   "model.encoder",
   "model.slot_init",
   "model.slot_update",
+  "spectral.count",
   "spectral.mode",
   "training.remat",
 )
@@ -107,6 +108,7 @@ FLOATS = (
   "loss_weights.slot",
   "loss_weights.spectral_consistency",
   "loss_weights.vote",
+  "mamba_slot.weight_threshold",
   "model.stickiness",
   "spectral.count_threshold",
   "spectral.merge",

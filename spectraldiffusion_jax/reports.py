@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ def evaluate_run(
   data_root: str,
   batch_size: int,
   output: pathlib.Path,
+  settings: Sequence[str] = (),
 ) -> dict[str, float]:
   """Scores a run and the training-free step on the same images.
 
@@ -46,11 +48,16 @@ def evaluate_run(
     data_root: folder of data sets, "" for the run's own.
     batch_size: images a step, 0 for the run's own.
     output: folder of DATASET_SPLIT.json, whose content is returned.
+    settings: see `config.override`; fields that change the parameters'
+      shapes cannot be set.
 
   Raises:
     UserError: run, data set or split do not exist.
   """
   model = segmenter.load(workdir)
+  if settings:
+    changed = config_lib.override(model.config, settings)
+    model = segmenter.Segmenter(changed, model.params)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
   split_batches = batches(
@@ -77,6 +84,7 @@ def evaluate_run(
       "dataset": dataset,
       "split": split,
       "workdir": workdir,
+      "settings": list(settings),
       "seconds": round(trained.seconds, 3),
       "version": __version__,
       "jax": jax.__version__,
