@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
+from spectraldiffusion_jax import distributed
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.version import __version__
 
@@ -77,7 +78,9 @@ class Checkpoints:
     self._read_only = read_only
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self.best_metric = best_metric
-    self._screen()
+    if jax.process_index() == 0:
+      self._screen()
+    distributed.wait("checkpoints screened")
     keep = [policies.LatestN(keep_last)]
     if keep_every:
       keep.append(policies.EveryNSteps(keep_every))
@@ -98,8 +101,10 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._manager.close()
+  def __exit__(self, error, *_) -> None:
+    # Closing waits for the other processes' writes, and one may be gone.
+    if error is None or jax.process_count() == 1:
+      self._manager.close()
 
   def _score(self, metrics: Mapping[str, float] | None) -> float:
     return (metrics or {}).get(self.best_metric, -math.inf)
@@ -149,13 +154,19 @@ class Checkpoints:
       Exception: anything Orbax raises for a damaged file, or ValueError where
         the content read is not the content saved.
     """
-    out = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        record=ocp.args.JsonRestore(),
-      ),
-    )
+    out, problem = None, None
+    try:
+      out = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state),
+          record=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:  # Orbax raises bare Exception for bad files
+      problem = error
+    if not distributed.all_agree(problem is None):
+      raise problem or ValueError("another process could not read its part")
     state, record = out["state"], out["record"]
     if record.get("digest") != _digest(record):
       raise ValueError("the record's digest does not match its content")
@@ -179,6 +190,7 @@ class Checkpoints:
       except Exception as error:  # Orbax raises bare Exception for bad files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         self._set_aside(step, reason[0][:200])
+        distributed.wait("checkpoint set aside")
         if not self._read_only:
           self._manager.reload()
     if damaged.is_dir() or steps:
@@ -203,12 +215,12 @@ class Checkpoints:
     if self._read_only:
       logging.warning("checkpoint %d is damaged (%s), skipped", step, reason)
       return
-    aside = self.folder.parent / f"{FOLDER}-damaged"
-    aside.mkdir(exist_ok=True)
-    target = aside / str(step)
-    if target.exists():
-      shutil.rmtree(target)
-    shutil.move(self.folder / str(step), target)
+    target = self.folder.parent / f"{FOLDER}-damaged" / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(exist_ok=True)
+      if target.exists():
+        shutil.rmtree(target)
+      shutil.move(self.folder / str(step), target)
     logging.warning(
       "checkpoint %d is damaged (%s); kept in %s, falling back",
       step,

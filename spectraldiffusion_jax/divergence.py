@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 FILE = "divergence.json"
 
@@ -29,6 +30,8 @@ class Watch:
     """Whether more steps failed than are forgiven; then says so on disk."""
     for step, metrics, index in self._recent:
       if not float(metrics["finite"]):
+        # In every process at once, for the metrics are the same in all.
+        index = multihost_utils.process_allgather(index, tiled=True)
         self._skipped.append(describe(step, metrics, index))
         print(f"step {step} was skipped: {_what(self._skipped[-1])}")
     self._recent.clear()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spectraldiffusion_jax import sharding
+from spectraldiffusion_jax import distributed, sharding
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.evaluate import Segment
 from spectraldiffusion_jax.types import Batch
@@ -54,11 +54,7 @@ def label_images(
   for batch in batches:
     image = sharding.shard_batch({"image": batch["image"]}, mesh)["image"]
     labels = sharding.local_rows(segment(image))
-    if jax.process_count() > 1:
-      labels = jax.experimental.multihost_utils.process_allgather(
-        labels, tiled=True
-      )
-    parts.append(labels)
+    parts.append(sharding.gather_rows(labels, mesh))
     progress(sum(map(len, parts)), num_examples)
   return np.concatenate(parts)[:num_examples]
 
@@ -69,13 +65,21 @@ def path(workdir: pathlib.Path, first_step: int) -> pathlib.Path:
 
 
 def load(workdir: pathlib.Path, first_step: int) -> np.ndarray | None:
-  """The kept labels of a round, or None."""
+  """The kept labels of a round, or None, the same in every process."""
   file = path(workdir, first_step)
-  return np.load(file, allow_pickle=False) if file.exists() else None
+  if not distributed.first_says(file.exists()):
+    return None
+  distributed.check_shared(file)
+  return np.load(file, allow_pickle=False)
 
 
 def save(workdir: pathlib.Path, first_step: int, labels: np.ndarray) -> None:
-  """Keeps the labels of a round; complete or absent, never half."""
+  """Keeps the labels of a round; complete or absent, never half.
+
+  Every process has them already (see `label_images`); the first one writes.
+  """
+  if jax.process_index():
+    return
   file = path(workdir, first_step)
   file.parent.mkdir(exist_ok=True)
   partial = file.with_suffix(".partial")

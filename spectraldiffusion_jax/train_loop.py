@@ -9,10 +9,18 @@ import logging
 import pathlib
 from collections.abc import Iterator
 
+import jax
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax import diagnostics, divergence, rounds, writers
+from spectraldiffusion_jax import (
+  diagnostics,
+  distributed,
+  divergence,
+  rounds,
+  sharding,
+  writers,
+)
 from spectraldiffusion_jax import workdir as workdir_lib
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.errors import UserError
@@ -20,6 +28,7 @@ from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
 from spectraldiffusion_jax.run import Run
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.types import Batch
+from spectraldiffusion_jax.version import __version__
 
 DIVERGED = 3
 """Exit code of a run whose loss was not finite; its last good state is kept."""
@@ -47,9 +56,12 @@ def train_and_evaluate(
     UserError: config, data, workdir or devices do not fit together.
   """
   config_lib.validate(config)
+  same = [__version__, config.to_json(), workdir, exp_name, resume]
+  distributed.check_same("\n".join(same), "the config")
   folder = pathlib.Path(workdir).expanduser().absolute() / exp_name
   with workdir_lib.locked(folder), StopRequest() as stop:
     run = Run(config)
+    print(sharding.describe(run.mesh))
     workdir_lib.claim(folder, config)
     with Checkpoints(folder, keep_last=config.logging.keep_last) as checkpoints:
       state = _first_state(run, checkpoints, resume)
@@ -74,7 +86,8 @@ def _first_state(run: Run, checkpoints: Checkpoints, resume: str) -> TrainState:
     restored = source.restore_latest(run.abstract_state)
   if restored is None:
     raise UserError(f"--resume={resume} holds no checkpoint yet")
-  rounds.copy(other, checkpoints.folder.parent)
+  if jax.process_index() == 0:
+    rounds.copy(other, checkpoints.folder.parent)
   return restored[0]
 
 
