@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from spectraldiffusion_jax import build, evaluate, segmenter, sharding
+from spectraldiffusion_jax import (
+  build,
+  distributed,
+  evaluate,
+  segmenter,
+  sharding,
+)
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.data import pipeline
 from spectraldiffusion_jax.version import __version__
@@ -60,17 +66,21 @@ def evaluate_run(
     model = segmenter.Segmenter(changed, model.params)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  split_batches = batches(
-    model.config,
-    dataset,
-    split,
-    data_root or model.config.data.data_root,
-    batch_size=batch_size,
-    rows=sharding.batch_rows(mesh),
+  split_batches = distributed.first_alone(
+    lambda: batches(
+      model.config,
+      dataset,
+      split,
+      data_root or model.config.data.data_root,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
   )
   run = functools.partial(evaluate.evaluate, batches=split_batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  params = jax.device_put(model.params, sharding.replicated(mesh))
+  params = jax.device_put(
+    jax.device_get(model.params), sharding.replicated(mesh)
+  )
   trained = run(functools.partial(jit(model.labels), params))
   free = run(jit(build.make_training_free(model.config)))
   print(
@@ -98,11 +108,13 @@ def evaluate_run(
   return report
 
 
-def batches(config, dataset, split, data_root, *, batch_size, rows):
+def batches(config, dataset, split, data_root, *, batch_size, mesh):
   """The split as the run saw its data, in batches the devices can share."""
   config_lib.validate_model(config, also=("data.",))
   data = config.data
   size = batch_size or config.training.batch_size
+  rows = sharding.batch_rows(mesh)
+  index, count = sharding.row_share(mesh)
   return pipeline.make_eval(
     dataset=dataset,
     split=split,
@@ -114,8 +126,8 @@ def batches(config, dataset, split, data_root, *, batch_size, rows):
     batch_size=-(-size // rows) * rows,
     num_threads=data.num_threads,
     cache=True,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=index,
+    process_count=count,
   )
 
 

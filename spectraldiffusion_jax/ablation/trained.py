@@ -76,7 +76,7 @@ def run(
     split,
     data_root or model.config.data.data_root,
     batch_size=0,
-    rows=sharding.batch_rows(mesh),
+    mesh=mesh,
   )
   params = jax.device_put(model.params, sharding.replicated(mesh))
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
