@@ -1,4 +1,4 @@
-"""Weights, records, data sets and labels that were refused badly once."""
+"""Weights, records, data sets and configs that were refused badly once."""
 
 import gzip
 import struct
@@ -14,7 +14,7 @@ from test_fuzz import parse
 
 from configs import default
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax import convert, rounds, weights
+from spectraldiffusion_jax import convert, weights
 from spectraldiffusion_jax.config_kinds import KINDS
 from spectraldiffusion_jax.data import prepared, sources, tfrecord
 from spectraldiffusion_jax.errors import UserError
@@ -149,7 +149,7 @@ def test_a_record_is_not_much_longer_than_a_scene(tmp_path):
     list(tfrecord.read_records(path))
 
 
-# ---- prepared data sets, labels, configs ------------------------------------
+# ---- prepared data sets, configs ------------------------------------
 
 
 def test_a_data_set_imports_nothing_at_its_wish(tmp_path):
@@ -164,19 +164,6 @@ def test_a_data_set_imports_nothing_at_its_wish(tmp_path):
   (folder / "dataset_info.json").write_text("[]")
   with pytest.raises(UserError, match="no intact data set"):
     sources.load("toy_scenes", "train", data_root=tmp_path)
-
-
-@pytest.mark.parametrize(
-  "content",
-  [b"", b"\x93NUMPY", b"PK\x05\x06" + bytes(18), b"\x80\x04N."],
-  ids=["empty", "cut", "zip", "pickle"],
-)
-def test_damaged_labels_of_a_round_are_named(tmp_path, content):
-  rounds.save(tmp_path, 5, np.zeros((2, 3, 3), np.uint8))
-  assert rounds.load(tmp_path, 5).shape == (2, 3, 3)
-  rounds.path(tmp_path, 5).write_bytes(content)
-  with pytest.raises(UserError, match="labels/5.npy is damaged"):
-    rounds.load(tmp_path, 5)
 
 
 @pytest.mark.parametrize(
