@@ -10,7 +10,8 @@ from configs import default
 from spectraldiffusion_jax import config as config_lib
 
 VALUES = (
-  "-1 0 1 2 3 1e9 1e999 -inf nan 10000000000000000000000 0x10 true None ten"
+  "-1 0 1 2 3 4 8 16 32 64 0.1 0.5 0.9 0.25 1e9 1e999 -inf nan"
+  " 10000000000000000000000 0x10 true None ten"
   " (1,2) () [] {} (1,'a',2,3) (0,1,0,nan) 1,2,3 ' \" \\ ../../x /dev/zero"
   " train[: train[:9%] %s"
 ).split() + [

@@ -54,10 +54,18 @@ def good(kind: str) -> bytes:
   return file.getvalue()
 
 
-def headed(header: object, body: bytes = bytes(64)) -> bytes:
-  """A safetensors file with any header."""
+def headed(header: object) -> bytes:
+  """A safetensors file with any header, and as many bytes as it declares."""
+  ends = [e["data_offsets"][1] for e in _entries(header)]
+  body = bytes(min(max([0, *ends]), 64))
   text = header if isinstance(header, bytes) else json.dumps(header).encode()
   return struct.pack("<Q", len(text)) + text + body
+
+
+def _entries(header: object) -> list[dict]:
+  if not isinstance(header, dict):
+    return []
+  return [e for n, e in header.items() if n != "__metadata__"]
 
 
 def entry(dtype="F32", shape=(4,), offsets=(0, 16)) -> dict:
@@ -68,12 +76,15 @@ def wrong_header(random) -> bytes:
   """A file whose header says something else than there is."""
   count = int(random.choice([0, 1, 2**31, 2**62, -1]))
   name = "patch_embed.proj.weight"
+  kind, width = random.choice(TYPES), int(random.choice([1, 2, 4, 8]))
   headers = (
     lambda: {name: entry(shape=(count, 4))},
     lambda: {name: entry(shape=(0, 3, 2, 2), offsets=(0, 0))},
     lambda: {name: entry(offsets=(0, count))},
-    lambda: {name: entry(dtype=str(random.choice(TYPES)))},
-    lambda: {name: entry(dtype=str(random.choice(TYPES)), shape=())},
+    lambda: {name: entry(str(kind), (4,), (0, 4 * width))},
+    lambda: {name: entry(str(kind), (), (0, width))},
+    lambda: {name: entry("F32", (2, 0, 1, 1), (0, 0))},
+    lambda: {"blocks.0.attn.qkv.weight": entry("F32", (), (0, 4))},
     lambda: {f"a{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(20_000)},
     lambda: {"/" * 400_000: entry()},
     lambda: {"a\n\x1b[31m" * 50: entry()},

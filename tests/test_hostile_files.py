@@ -1,4 +1,4 @@
-"""Weights, records, data sets and labels that were refused badly once."""
+"""Weights, records, data sets and configs that were refused badly once."""
 
 import gzip
 import struct
@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import toy_scenes
+from test_fuzz import parse
 
+from configs import default
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax import convert, rounds, weights
+from spectraldiffusion_jax import convert, weights
+from spectraldiffusion_jax.config_kinds import KINDS
 from spectraldiffusion_jax.data import prepared, sources, tfrecord
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.pth import read_pth
@@ -146,7 +149,7 @@ def test_a_record_is_not_much_longer_than_a_scene(tmp_path):
     list(tfrecord.read_records(path))
 
 
-# ---- prepared data sets, labels, configs ------------------------------------
+# ---- prepared data sets, configs ------------------------------------
 
 
 def test_a_data_set_imports_nothing_at_its_wish(tmp_path):
@@ -203,3 +206,39 @@ def test_a_model_is_not_made_of_half_a_config(tmp_path):
   path.write_text('{"model": {"width": 8}}')
   with pytest.raises(UserError, match="the config has no "):
     config_lib.validate_model(config_lib.load(path))
+
+
+@pytest.mark.parametrize(
+  ("wrong", "words"),
+  [
+    ("nowhere.py", "holds no config or is no file"),
+    ("configs", "holds no config or is no file"),
+    ("configs/clevr.py:nonsense", "ValueError: .*has no variant 'nonsense'"),
+    ("README.md", "SyntaxError"),
+    ("data.crop=(1,'a',2,3)", "data.crop.*whole numbers"),
+    ("data.crop=(-5,1,0,1)", "data.crop"),
+    ("training.learning_rate=1e999", "learning_rate=inf .*finite"),
+    ("training.num_steps=4294967296", "training.num_steps.*whole number"),
+    ("seed=4294967296", "seed=4294967296 .*32 bits"),
+    ("augment.flip=2", "augment.flip=2.0 is not in 0..1"),
+    ("mesh.data=-2", "mesh.data=-2"),
+    ("mamba_slot.key_dim=1", "mamba_slot.key_dim=1"),
+    ("spectral.scales=(0,8)", "spectral.scales"),
+    ("data.dataset=\x1b[2J", "data.dataset"),
+    ("model={'a':1}", "the config has no model"),
+  ],
+)
+def test_a_wrong_flag_is_one_line(root, monkeypatch, wrong, words):
+  monkeypatch.chdir(root)
+  arguments = [f"--config={wrong}"]
+  if "=" in wrong:
+    arguments = ["--config=configs/default.py", f"--config.{wrong}"]
+  with pytest.raises(UserError, match=words) as error:
+    config_lib.validate(parse(arguments))
+  assert "Traceback" not in str(error.value)
+
+
+def test_every_field_has_a_kind():
+  names = [name for known, _, _ in KINDS for name in known]
+  fields = [name for name, _ in config_lib.flatten(default.get_config())]
+  assert sorted(names) == sorted(fields), "list it in config_kinds.py"

@@ -69,6 +69,8 @@ def forbidden(tree: ast.AST) -> list[str]:
 def test_no_pickle_no_eval_no_unpacking_no_server(path):
   # Benchmarks compare with torch's layers, and load nothing through it.
   allowed = {"torch"} if path.parent.name == "benchmarks" else set()
+  if path.name == "distributed.py":  # the one place that may, when asked
+    allowed.add("jax.distributed.initialize")
   assert set(forbidden(ast.parse(path.read_text()))) <= allowed
 
 

@@ -36,7 +36,8 @@ LAYERS = [
     segmenter resume
     train_loop
     predict reports
-    demo ablation plan benchmarks command __init__
+    command
+    demo ablation plan benchmarks __init__
   """.strip().splitlines()
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -66,7 +66,7 @@ def load(
   if family == "procedural_clevr":
     from spectraldiffusion_jax.data import procedural_clevr
 
-    folder = procedural_clevr.prepare(name, data_root).data_dir
+    folder = pathlib.Path(procedural_clevr.prepare(name, data_root).data_dir)
   else:
     folder = prepared.folder_of(dataset, pathlib.Path(data_root))
   return TfdsSource(prepared.open_builder(folder), split, max_pixels=max_pixels)
