@@ -17,6 +17,7 @@ from spectraldiffusion_jax import (
   diagnostics,
   distributed,
   divergence,
+  replicas,
   rounds,
   sharding,
   writers,
@@ -175,6 +176,7 @@ class _Loop:
       self.writer.write_images(step, self.run.pictures(state))
 
   def _save(self, state: TrainState, step: int) -> None:
+    replicas.check(state)
     self.writer.flush()
     self.checkpoints.save(
       step, state, config=self.config.to_dict(), metrics=self.scores

@@ -24,7 +24,7 @@ LAYERS = [
     panoptic sheet diagnostics
     pseudo_classes visualise
     optim sharding writers config weights pth distributed
-    train_state checkpoint preemption workdir divergence
+    train_state checkpoint preemption workdir divergence replicas
     train_step
     objective convert
     evaluate build backbone
