@@ -24,7 +24,7 @@ LAYERS = [
     panoptic sheet diagnostics config_kinds
     pseudo_classes visualise
     optim sharding writers config weights pth prefetch retention
-    distributed
+    distributed replicas
     train_state checkpoint preemption workdir divergence ledger
     train_step
     objective convert build_encoder
