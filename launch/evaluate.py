@@ -5,9 +5,11 @@
     --dataset=clevr_with_masks --data_root=data
 
 Prints a table with the model beside the training-free step on the same
-images, and writes DATASET_SPLIT.json under WORKDIR/eval or --output.
+images, and writes DATASET_SPLIT.json under WORKDIR/eval or --output. Runs in
+several processes like launch/train.py.
 """
 
+import functools
 import pathlib
 
 from absl import flags
@@ -32,19 +34,24 @@ OUTPUT = flags.DEFINE_string(
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 0, "Images a step; default: the run's.", 0
 )
+CLUSTER = command.define_cluster_flags()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
   """Loads, scores, prints, writes."""
   command.no_arguments(argv)
   workdir = command.require(WORKDIR, "workdir")
   split = command.require(SPLIT, "split")
+  from spectraldiffusion_jax import distributed
+
+  distributed.start(**CLUSTER())  # before anything touches a device
   from spectraldiffusion_jax import reports
 
   output = OUTPUT.value
   if not output and workdir.startswith("pretrained:"):
     output = "eval"
-  reports.evaluate_run(
+  evaluate = functools.partial(
+    reports.evaluate_run,
     workdir,
     split,
     dataset=DATASET.value,
@@ -52,6 +59,7 @@ def main(argv: list[str]) -> None:
     batch_size=BATCH_SIZE.value,
     output=pathlib.Path(output or f"{workdir.partition('@')[0]}/eval"),
   )
+  distributed.together(lambda: evaluate() and 0)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,13 @@
   python launch/train.py --config=configs/clevr.py:tiny --workdir=runs/c \
     --config.training.num_steps=500
 
+In several processes start the same command in each, and add
+--coordinator=HOST:PORT --num_processes=N --process_id=I where no cluster can
+be detected; launch/recipes/ has it ready for Slurm, GKE and Cloud TPU.
+
 Exit code 0: complete. 75: stopped by a signal, saved, start it again to go
-on. 2: a mistake of yours, named in one line. 3: the loss diverged.
+on. 2: a mistake of yours, named in one line. 3: the loss diverged. 69: another
+process is gone, start all again to go on.
 """
 
 from absl import flags
@@ -25,18 +30,23 @@ EXP_NAME = flags.DEFINE_string(
 RESUME = flags.DEFINE_string(
   "resume", "", "Workdir of another run whose newest state to start from."
 )
+CLUSTER = command.define_cluster_flags()
 
 
 def main(argv: list[str]) -> int:
   """Parses nothing but flags and makes one call."""
   del argv
-  from spectraldiffusion_jax import train_loop  # after the flags are checked
+  config = command.require(CONFIG, "config")
+  workdir = command.require(WORKDIR, "workdir")
+  from spectraldiffusion_jax import distributed  # after the flags are checked
 
-  return train_loop.train_and_evaluate(
-    command.require(CONFIG, "config"),
-    command.require(WORKDIR, "workdir"),
-    exp_name=EXP_NAME.value,
-    resume=RESUME.value,
+  distributed.start(**CLUSTER())  # before anything touches a device
+  from spectraldiffusion_jax import train_loop
+
+  return distributed.together(
+    lambda: train_loop.train_and_evaluate(
+      config, workdir, exp_name=EXP_NAME.value, resume=RESUME.value
+    )
   )
 
 

@@ -271,7 +271,7 @@ def abstract_state(config: ConfigDict) -> TrainState:
     train_state.create, make_model(config), optimizer, seed=0
   )
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
     jax.eval_shape(create, image),

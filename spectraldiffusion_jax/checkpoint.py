@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from spectraldiffusion_jax import distributed
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.retention import PLANNED, Retention
 from spectraldiffusion_jax.version import __version__
@@ -81,7 +82,9 @@ class Checkpoints:
     self._read_only = read_only
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self.best_metric = best_metric
-    self._screen()
+    if jax.process_index() == 0:
+      self._screen()
+    distributed.wait("checkpoints screened")
     keep = Retention(keep_last, keep_every, best_metric, pinned)
     self._manager = ocp.CheckpointManager(
       self.folder,
@@ -100,6 +103,9 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_) -> None:
+    # Closing waits for the other processes' writes, and one may be gone.
+    if kind is not None and jax.process_count() > 1:
+      return
     try:
       self._manager.close()
     except Exception as error:  # of the write that was under way
@@ -190,8 +196,7 @@ class Checkpoints:
       Exception: anything Orbax raises for a damaged file, or ValueError where
         the content read is not the content saved.
     """
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = self._manager.restore(step, args=args)["record"]
+    record = self._read(step, record=ocp.args.JsonRestore())
     if record.get("digest") != _digest(record):
       raise ValueError("the record's digest does not match its content")
     if len(record["fingerprint"]) != len(jax.tree.leaves(abstract_state)):
@@ -200,11 +205,21 @@ class Checkpoints:
         f" {record['version']} with another set of arrays than version"
         f" {__version__} has: use that version, or a new workdir"
       )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-    state = self._manager.restore(step, args=args)["state"]
+    state = self._read(step, state=ocp.args.StandardRestore(abstract_state))
     if record["fingerprint"] != np.asarray(fingerprint(state)).tolist():
       raise ValueError("array content differs from what was saved")
     return state, record
+
+  def _read(self, step: int, **item) -> Any:
+    """One item of a step, or the same kind of failure in every process."""
+    out, problem = {}, None
+    try:
+      out = self._manager.restore(step, args=ocp.args.Composite(**item))
+    except Exception as error:  # Orbax raises bare Exception for bad files
+      problem = error
+    if not distributed.all_agree(problem is None):
+      raise problem or ValueError("another process could not read its part")
+    return out[next(iter(item))]
 
   def restore_latest(
     self, abstract_state, *, planned: bool = False
@@ -233,6 +248,7 @@ class Checkpoints:
         raise
       except Exception as error:  # Orbax raises bare Exception for bad files
         self._set_aside(step, _first_line(error))
+        distributed.wait("checkpoint set aside")
         if not self._read_only:
           self._manager.reload()
     damaged = self.folder.parent / f"{FOLDER}-damaged"
@@ -258,12 +274,12 @@ class Checkpoints:
     if self._read_only:
       logging.warning("checkpoint %d is damaged (%s), skipped", step, reason)
       return
-    aside = self.folder.parent / f"{FOLDER}-damaged"
-    aside.mkdir(exist_ok=True)
-    target = aside / str(step)
-    if target.exists():
-      shutil.rmtree(target)
-    shutil.move(self.folder / str(step), target)
+    target = self.folder.parent / f"{FOLDER}-damaged" / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(exist_ok=True)
+      if target.exists():
+        shutil.rmtree(target)
+      shutil.move(self.folder / str(step), target)
     logging.warning(
       "checkpoint %d is damaged (%s); kept in %s, falling back",
       step,

@@ -46,6 +46,39 @@ def run(main: Callable[[list[str]], int | None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def define_cluster_flags() -> Callable[[], dict[str, Any]]:
+  """Flags of a run in several processes; returns a reader of their values.
+
+  The values are the arguments of `distributed.start`.
+  """
+  holders = (
+    flags.DEFINE_string(
+      "coordinator",
+      "",
+      "HOST:PORT of process 0, for a run in several processes; empty: detect "
+      "the cluster (Slurm, GKE and Cloud TPU, Open MPI).",
+    ),
+    flags.DEFINE_integer(
+      "num_processes",
+      0,
+      "Processes of the run; 0: detect, 1: detect nothing. A cluster with "
+      "another number is refused.",
+      0,
+    ),
+    flags.DEFINE_integer("process_id", -1, "This process; -1: detect.", -1),
+    flags.DEFINE_integer(
+      "initialization_timeout", 300, "Seconds to wait for the others.", 1
+    ),
+    flags.DEFINE_integer(
+      "heartbeat_timeout",
+      60,
+      "Seconds of silence after which a process counts as dead.",
+      1,
+    ),
+  )
+  return lambda: {holder.name: holder.value for holder in holders}
+
+
 def require(flag: flags.FlagHolder, name: str) -> Any:
   """Returns the flag's value.
 

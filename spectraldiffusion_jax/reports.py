@@ -6,7 +6,13 @@ import pathlib
 import jax
 import numpy as np
 
-from spectraldiffusion_jax import build, evaluate, segmenter, sharding
+from spectraldiffusion_jax import (
+  build,
+  distributed,
+  evaluate,
+  segmenter,
+  sharding,
+)
 from spectraldiffusion_jax.data import pipeline
 from spectraldiffusion_jax.version import __version__
 
@@ -52,17 +58,21 @@ def evaluate_run(
   model = segmenter.load(workdir)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  batches = _batches(
-    model.config,
-    dataset,
-    split,
-    data_root or model.config.data.data_root,
-    batch_size=batch_size,
-    rows=sharding.batch_rows(mesh),
+  batches = distributed.first_alone(
+    lambda: _batches(
+      model.config,
+      dataset,
+      split,
+      data_root or model.config.data.data_root,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
   )
   run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  params = jax.device_put(model.params, sharding.replicated(mesh))
+  params = jax.device_put(
+    jax.device_get(model.params), sharding.replicated(mesh)
+  )
   trained = run(functools.partial(jit(model.labels), params))
   free = run(jit(build.make_training_free(model.config)))
   print(
@@ -89,10 +99,12 @@ def evaluate_run(
   return report
 
 
-def _batches(config, dataset, split, data_root, *, batch_size, rows):
+def _batches(config, dataset, split, data_root, *, batch_size, mesh):
   """The split as the run saw its data, in batches the devices can share."""
   data = config.data
   size = batch_size or config.training.batch_size
+  rows = sharding.batch_rows(mesh)
+  index, count = sharding.row_share(mesh)
   return pipeline.make_eval(
     dataset=dataset,
     split=split,
@@ -103,8 +115,8 @@ def _batches(config, dataset, split, data_root, *, batch_size, rows):
     batch_size=-(-size // rows) * rows,
     num_threads=data.num_threads,
     cache=True,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=index,
+    process_count=count,
   )
 
 

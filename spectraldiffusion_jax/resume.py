@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from spectraldiffusion_jax import rounds, workdir
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.errors import UserError
@@ -35,5 +37,6 @@ def first_state(
     restored = source.restore_latest(run.abstract_state)
   if restored is None:
     raise UserError(f"--resume={resume} holds no checkpoint yet")
-  rounds.copy(other, checkpoints.folder.parent)
+  if jax.process_index() == 0:
+    rounds.copy(other, checkpoints.folder.parent)
   return restored[0], None

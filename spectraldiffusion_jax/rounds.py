@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spectraldiffusion_jax import sharding
+from spectraldiffusion_jax import distributed, sharding
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.evaluate import Segment
 from spectraldiffusion_jax.train_state import TrainState
@@ -53,11 +53,7 @@ def label_images(
   for batch in batches:
     image = sharding.shard_batch({"image": batch["image"]}, mesh)["image"]
     labels = sharding.local_rows(segment(image))
-    if jax.process_count() > 1:
-      labels = jax.experimental.multihost_utils.process_allgather(
-        labels, tiled=True
-      )
-    parts.append(labels)
+    parts.append(sharding.gather_rows(labels, mesh))
     progress(sum(map(len, parts)), num_examples)
   return np.concatenate(parts)[:num_examples]
 
@@ -68,28 +64,38 @@ def path(workdir: pathlib.Path, first_step: int) -> pathlib.Path:
 
 
 def load(workdir: pathlib.Path, first_step: int) -> np.ndarray | None:
-  """The kept labels of a round, verified, or None.
+  """The kept labels of a round, verified, or None, alike in every process.
 
   A file that is not what `save` wrote is named in the log, and kept aside.
   """
   file = path(workdir, first_step)
-  if not file.exists():
+  if not distributed.first_says(jax.process_index() == 0 and _intact(file)):
     return None
+  distributed.check_shared(file)
+  return np.load(io.BytesIO(file.read_bytes()[:-DIGEST]), allow_pickle=False)
+
+
+def _intact(file: pathlib.Path) -> bool:
+  if not file.exists():
+    return False
   content = file.read_bytes()
   body, digest = content[:-DIGEST], content[-DIGEST:]
   if hashlib.sha256(body).digest() == digest:
-    return np.load(io.BytesIO(body), allow_pickle=False)
+    return True
   aside = file.with_suffix(".npy.damaged")
   file.replace(aside)
   logging.warning("labels %s are damaged; kept as %s", file, aside.name)
-  return None
+  return False
 
 
 def save(workdir: pathlib.Path, first_step: int, labels: np.ndarray) -> None:
   """Keeps the labels of a round; complete or absent, never half.
 
-  The file is one that `numpy.load` reads, followed by its SHA-256.
+  The file is one that `numpy.load` reads, followed by its SHA-256. Every
+  process has the labels already (see `label_images`); the first one writes.
   """
+  if jax.process_index():
+    return
   file = path(workdir, first_step)
   file.parent.mkdir(exist_ok=True)
   buffer = io.BytesIO()

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import (
   build,
+  distributed,
   evaluate,
   optim,
   rounds,
@@ -39,8 +40,8 @@ class Run:
       training.batch_size, training.gradient_accumulation, self.mesh
     )
     self.model = build.make_model(config)
-    self.num_examples = pipeline.num_examples(
-      **self._data(config.data.train_split)
+    self.num_examples = distributed.first_alone(
+      lambda: pipeline.num_examples(**self._data(config.data.train_split))
     )
     self.length = optim.run_length(
       num_examples=self.num_examples,
@@ -137,13 +138,14 @@ class Run:
   def _shape(self) -> dict:
     """The fields of the config that shape batches."""
     config = self.config
+    index, count = sharding.row_share(self.mesh)
     return dict(
       image_size=config.model.image_size,
       crop=tuple(config.data.crop) or None,
       num_threads=config.data.num_threads,
       cache=config.data.cache,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=index,
+      process_count=count,
     )
 
   def train_batches(
@@ -176,8 +178,9 @@ class Run:
       "dataset": config.data.extra_dataset,
       "max_objects": None,
     }
-    rendered = pipeline.make_train(
-      **where, **(shared | {"crop": None}), batch_size=extra
+    shared |= dict(crop=None, batch_size=extra)
+    rendered = distributed.first_alone(
+      lambda: pipeline.make_train(**where, **shared)
     )
     return joined(own, rendered)
 
@@ -244,14 +247,16 @@ class Run:
     """Panels of the first validation images and the PCA of their slots."""
     batch = next(iter(self.val_batches))
     output = self.eval_step(state.params, self.place_image(batch["image"]))
+    wanted = (
+      output.masks,
+      output.slots.attention,
+      output.slots.slots,
+      output.slots.active,
+    )
+    # Whole rows: the compiler may have left widths split over `model`.
     masks, attention, slots, active = map(
       sharding.local_rows,
-      (
-        output.masks,
-        output.slots.attention,
-        output.slots.slots,
-        output.slots.active,
-      ),
+      jax.device_put(wanted, sharding.batch_sharding(self.mesh)),
     )
     grid = build.grid_of(self.config)
     panels = visualise.panels(

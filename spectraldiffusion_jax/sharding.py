@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -64,6 +65,60 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_rows(mesh: Mesh) -> int:
   """Number of devices over which the rows of a batch are split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+  """Index and number of the shares into which processes divide a batch.
+
+  Processes that differ only along `model` hold the same rows, and so have to
+  read the same share.
+  """
+  readers = _readers(mesh)
+  return readers.index(_rows_of(mesh)[jax.process_index()]), len(readers)
+
+
+def gather_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """Every process's rows [B / shares ...] -> those of the batch [B ...]."""
+  if jax.process_count() == 1:
+    return rows
+  every = multihost_utils.process_allgather(rows)  # [process, row, ...]
+  owners = _rows_of(mesh)
+  first = [min(p for p, o in owners.items() if o == r) for r in _readers(mesh)]
+  return every[first].reshape(-1, *rows.shape[1:])
+
+
+def _rows_of(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+  """Process -> the row groups (places along data x fsdp) it has devices of."""
+  owners = {}
+  for row, devices in enumerate(mesh.devices.reshape(batch_rows(mesh), -1)):
+    for process in {device.process_index for device in devices}:
+      owners[process] = (*owners.get(process, ()), row)
+  return owners
+
+
+def _readers(mesh: Mesh) -> list[tuple[int, ...]]:
+  """The distinct shares of a batch, in the order of their first rows.
+
+  Raises:
+    UserError: processes share some rows but not all.
+  """
+  shares = sorted(set(_rows_of(mesh).values()))
+  if sum(map(len, shares)) != batch_rows(mesh) or len({*map(len, shares)}) > 1:
+    raise UserError(
+      f"mesh={dict(mesh.shape)} does not divide the rows of a batch evenly "
+      f"over {len(_rows_of(mesh))} processes: choose mesh.model so that it "
+      "divides, or is a multiple of, the devices of a process"
+    )
+  return shares
+
+
+def describe(mesh: Mesh) -> str:
+  """One line: processes, devices and the mesh they form."""
+  sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  return (
+    f"{jax.process_count()} process(es), {mesh.devices.size} "
+    f"{mesh.devices.flat[0].platform} device(s), mesh {sizes}"
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

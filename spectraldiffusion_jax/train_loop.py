@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax import (
   diagnostics,
+  distributed,
   divergence,
   rounds,
+  sharding,
   train_state,
   writers,
 )
@@ -29,6 +31,7 @@ from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
 from spectraldiffusion_jax.resume import first_state
 from spectraldiffusion_jax.run import Run
 from spectraldiffusion_jax.train_state import TrainState
+from spectraldiffusion_jax.version import __version__
 
 DIVERGED = 3
 """Exit code of a run whose loss diverged; its last good state is kept."""
@@ -56,9 +59,12 @@ def train_and_evaluate(
     UserError: config, data, workdir or devices do not fit together.
   """
   config_lib.validate(config)
+  same = [__version__, config.to_json(), workdir, exp_name, resume]
+  distributed.check_same("\n".join(same), "the config")
   folder = pathlib.Path(workdir).expanduser().absolute() / exp_name
   with workdir_lib.locked(folder), StopRequest() as stop:
     run = Run(config)
+    print(sharding.describe(run.mesh))
     workdir_lib.claim(folder, config)
     with Checkpoints(
       folder,

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import config as config_lib
+from spectraldiffusion_jax import distributed
 from spectraldiffusion_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -60,7 +61,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
   Raises:
     UserError: the folder belongs to a run with another config; the fields
-      that differ are listed.
+      that differ are listed; or processes see different folders.
   """
   path = workdir / CONFIG_FILE
   if path.exists():
@@ -77,6 +78,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     partial = path.with_suffix(".partial")
     config_lib.save(config, partial)
     partial.replace(path)
+  distributed.check_shared(path)
 
 
 def compare(

@@ -23,7 +23,7 @@ LAYERS = [
     data models losses metrics colours
     panoptic sheet diagnostics
     pseudo_classes visualise
-    optim sharding writers config weights pth retention
+    optim sharding writers config weights pth retention distributed
     train_state checkpoint preemption workdir divergence ledger
     train_step
     objective convert
