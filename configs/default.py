@@ -20,17 +20,25 @@ def get_config(variant: str = "") -> ConfigDict:
   model.num_iterations = 3  # T, refinement iterations [guide]
   model.use_spectral_init = True  # False: model.slot_init [guide]
   model.use_diffusion_decoder = True  # False: model.decoder [guide]
-  model.dinov2_model = ""  # a name such as dinov2_vitb14; "" = model.encoder
-  model.backbone_weights = ""  # file made by launch/convert.py [here]
+  model.dinov2_model = ""  # such as dinov2_vitb14; "" = model.encoder [guide]
+  model.backbone_weights = ""  # file of launch/convert.py, or random [here]
   model.backbone_size = 0  # pixels, backbone input side; 0 = nearest multiple
+  model.backbone_features = "tokens"  # tokens | keys, of the last block [here]
+  model.backbone_trainable = 0  # last blocks that train; 0 = frozen [here]
+  model.backbone_scan = (
+    False  # one program for all blocks: compiles fast [here]
+  )
   model.encoder = "unet"  # unet | cnn | vit_tiny, when dinov2_model is ""
   model.width = 24  # channels of the encoder's finest level [here]
-  model.token_stride = 4  # pixels a side of one slot-attention token [here]
+  # Pixels a side of one slot-attention token, or, with a backbone, which has
+  # its own, of one token of the training-free colour step [here].
+  model.token_stride = 4
   model.slot_init = "gaussian"  # gaussian | learned, without spectral init
   model.slot_update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
   model.decoder = "broadcast"  # broadcast | patch_mlp | none, without diffusion
   model.decoder_width = 32  # channels of the mixture decoder [here]
   model.stickiness = 0.05  # Lab / 100, of outlines moved to colour edges [here]
+  model.mirror = True  # average the field with the mirror's at inference [here]
   model.compute_dtype = "float32"  # float32 | bfloat16, of large products
 
   c.spectral = spectral = ConfigDict()
@@ -39,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.k_per_scale = 4  # clusters a scale, mode per_scale [guide]
   spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
   spectral.use_power_iteration = True  # False: dense eigh [guide]
-  spectral.sigma = 0.06  # affinity scale, Lab / 100 units, mode graph [here]
+  spectral.sigma = 0.06  # affinity scale of colours, Lab / 100 [here]
   spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
   spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]
   spectral.merge = 0.07  # smallest boundary contrast kept, Lab / 100 [here]
@@ -84,6 +92,9 @@ def get_config(variant: str = "") -> ConfigDict:
   training.weight_decay = 0.01  # AdamW, matrices and kernels only [guide]
   training.grad_clip = 1.0  # global norm of the gradient [guide]
   training.gradient_accumulation = 1  # micro-batches a step [guide]
+  # Computed again in the backward pass, to save memory: none | dots (all but
+  # products with parameters) | full (all of a block) [here].
+  training.remat = "none"
   training.max_skips = 0  # failed steps skipped before rolling back [here]
   training.max_rollbacks = 0  # to the last checkpoint, before giving up [here]
   training.max_loss_ratio = 1000.0  # of loss, gradient to median; 0 = off

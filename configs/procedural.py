@@ -4,14 +4,15 @@
   python launch/evaluate.py --workdir=runs/p --split=test
 
 Variants: `easy` (default: 3-6 objects, all of different colours), `hard`
-(3-10 objects, colours repeat), `baseline` (plain slot attention on easy).
+(3-10 objects, colours repeat), `baseline` (plain slot attention on easy), `vit`
+(a vision transformer trained from scratch in the place of the U-Net).
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 
-VARIANTS = ("easy", "hard", "baseline")
+VARIANTS = ("easy", "hard", "baseline", "vit")
 
 
 def get_config(variant: str = "easy") -> ConfigDict:
@@ -40,6 +41,12 @@ def get_config(variant: str = "easy") -> ConfigDict:
   c.logging.log_interval = 25
   c.logging.val_interval = 7
   c.logging.image_interval = 250
+  if variant == "vit":
+    c.model.encoder = "vit_tiny"
+    c.model.token_stride = 4
+    c.training.num_steps = 400
+    c.training.learning_rate = 1e-3
+    c.composite.rounds = 1  # too short a run to be its own teacher
   if variant == "baseline":
     c.composite.rounds = 0
     c.model.use_spectral_init = False

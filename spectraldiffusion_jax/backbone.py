@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct, traverse_util
 from jaxtyping import Array, Float
 
@@ -12,12 +13,8 @@ from spectraldiffusion_jax import weights as weight_files
 from spectraldiffusion_jax.convert import check_params
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.models.vit import Vit
+from spectraldiffusion_jax.models.vit_input import normalised
 from spectraldiffusion_jax.models.vit_variants import make_vit, stack_blocks
-from spectraldiffusion_jax.ops.resample import resize_bicubic
-
-# The statistics of ImageNet's colours with which all of these were trained.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 # Where the published weights are; launch/convert.py takes these as --source.
 HUB_IDS = {
@@ -37,27 +34,6 @@ HUB_IDS = {
   "dinov3_vitb16": "facebook/dinov3-vitb16-pretrain-lvd1689m",
   "dinov3_vitl16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
 }
-
-
-def input_size(
-  height: int, width: int, *, patch: int, longest: int = 0
-) -> tuple[int, int]:
-  """Pixels at which a backbone sees an image: multiples of its patch.
-
-  Each side goes to its nearest multiple (ties up), at least one patch: for a
-  patch of 14, 128 -> 126, 512 -> 518, 336 x 672 as it is.
-
-  Args:
-    height: of the image.
-    width: of the image.
-    patch: pixels a side of one token.
-    longest: first scale both sides so that the longer one has this many
-      pixels; 0 keeps the image's scale.
-  """
-  scale = longest / max(height, width) if longest else 1.0
-  return tuple(
-    max(1, int(side * scale / patch + 0.5)) * patch for side in (height, width)
-  )
 
 
 class Backbone(struct.PyTreeNode):
@@ -102,11 +78,7 @@ class Backbone(struct.PyTreeNode):
 @jax.jit
 def _features(backbone: Backbone, image: Array) -> Array:
   model = backbone.model
-  size = input_size(*image.shape[1:3], patch=model.patch, longest=backbone.size)
-  if size != image.shape[1:3]:
-    image = resize_bicubic(image, size, antialias=True).clip(0, 1)
-  mean, std = (jnp.asarray(x).reshape(1, 1, 1, 3) for x in (MEAN, STD))
-  image = (image.astype(jnp.float32) - mean) / std
+  image = normalised(image, patch=model.patch, longest=backbone.size)
   output = model.apply({"params": backbone.params}, image)
   return getattr(output, backbone.features)
 
@@ -141,17 +113,10 @@ def load_backbone(
   if features not in ("tokens", "keys"):
     raise UserError(f"features={features!r}: choose tokens or keys")
   model = make_vit(name, dtype=jnp.dtype(dtype), **fields)
-  if weights is None:
-    source = HUB_IDS.get(name, "FILE")
-    raise UserError(
-      f"no weights given for {name}: convert them once, `python launch/convert"
-      f".py --source={source} --output={name}.safetensors`, and give weights="
-      f"'{name}.safetensors'; or ask for untrained ones, weights='random'"
-    )
-  if str(weights) == "random":
+  params = read_params(name, model, weights, field="weights")
+  if params is None:
     params = _random_params(model, jax.random.key(seed))
-  else:
-    params = _file_params(name, model, weights)
+  params = jax.tree.map(jnp.asarray, params)
   return Backbone(
     params=params, model=model, name=name, features=features, size=size
   )
@@ -163,10 +128,43 @@ def _random_params(model: Vit, key: Array) -> dict:
   return model.init(key, image)["params"]
 
 
-def _file_params(name: str, model: Vit, path: str | pathlib.Path) -> dict:
-  found, params = weight_files.load_weights(path)
+def read_params(
+  name: str, model: Vit, weights: str | pathlib.Path | None, *, field: str
+) -> dict[str, dict] | None:
+  """Parameters of a converted file on the host; None for "random".
+
+  Args:
+    name: key of VARIANTS.
+    model: the module they are for.
+    weights: the file, or "random".
+    field: what the user calls `weights`.
+
+  Raises:
+    UserError: no weights given, a damaged file, or that of another model.
+  """
+  if weights is None or not str(weights):
+    source = HUB_IDS.get(name, "FILE")
+    raise UserError(
+      f"no weights given for {name}: convert them once, `python launch/convert"
+      f".py --source={source} --output={name}.safetensors`, and give {field}="
+      f"'{name}.safetensors'; or ask for untrained ones, {field}='random'"
+    )
+  if str(weights) == "random":
+    return None
+  found, params = weight_files.load_weights(weights)
   if found != name:
-    raise UserError(f"{path} holds the weights of {found}, not of {name}")
+    raise UserError(f"{weights} holds the weights of {found}, not of {name}")
   check_params(model, traverse_util.flatten_dict(params, sep="/"))
-  params = jax.tree.map(jnp.asarray, params)
   return stack_blocks(params) if model.scan else params
+
+
+def put_params(params: dict, onto: dict) -> dict:
+  """Host arrays, placed as the arrays of the like tree `onto` are."""
+
+  def put(array, like):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(
+      array.shape, like.sharding, lambda index: array[index]
+    )
+
+  return jax.tree.map(put, params, onto)

@@ -10,26 +10,31 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from spectraldiffusion_jax import objective, optim, train_state
+from spectraldiffusion_jax import backbone, objective, optim, train_state
+from spectraldiffusion_jax.build_encoder import (
+  DTYPES,
+  has_field,
+  make_backbone,
+  make_encoder,
+  make_trainable,
+)
 from spectraldiffusion_jax.errors import choose
 from spectraldiffusion_jax.models import (
   decoder,
   denoiser,
   diffusion_decoder,
   em_attention,
-  encoder,
+  layers,
   slot_attention,
   slot_init,
   slot_update,
-  ssm,
-  unet,
-  vit_variants,
 )
 from spectraldiffusion_jax.models import (
   model as model_lib,
 )
 from spectraldiffusion_jax.ops import (
   affinity,
+  landmarks,
   partition,
   pseudo_labels,
   vote_partition,
@@ -37,57 +42,18 @@ from spectraldiffusion_jax.ops import (
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.train_step import LossFn
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def grid_of(config: ConfigDict) -> tuple[int, int]:
-  """Height and width of the token grid."""
-  side = config.model.image_size // config.model.token_stride
-  return side, side
-
-
-def make_encoder(config: ConfigDict) -> nn.Module:
-  """The encoder named by model.encoder."""
-  model, dtype = config.model, DTYPES[config.model.compute_dtype]
-  if model.encoder == "cnn":
-    return encoder.CNNEncoder(
-      width=model.width, stride=model.token_stride, dtype=dtype
-    )
-  if model.encoder == "vit_tiny":
-    side = model.image_size // model.token_stride
-    return encoder.ViTEncoder(
-      vit=vit_variants.make_vit(
-        "vit_tiny",
-        patch=model.token_stride,
-        grid=side,
-        depth=4,
-        width=4 * model.width,
-        heads=max(1, model.width // 16),
-        hidden=16 * model.width,
-        dtype=dtype,
-      )
-    )
-  fusion = None
-  if config.mamba_slot.use_spatial_fusion:
-    fusion = ssm.SelectiveScan2D(d_state=config.mamba_slot.d_state, dtype=dtype)
-  return unet.UNetEncoder(
-    widths=tuple(round(model.width * share) for share in (1, 2, 4, 5.34)),
-    stride=model.token_stride,
-    embedding=config.mamba_slot.key_dim - 2,
-    fusion=fusion,
-    dtype=dtype,
-  )
-
 
 def make_decoder(config: ConfigDict) -> nn.Module | None:
   """The diffusion decoder, or the mixture decoder named by model.decoder."""
   model, dtype = config.model, DTYPES[config.model.compute_dtype]
+  remat = functools.partial(layers.remat, policy=config.training.remat)
   if model.use_diffusion_decoder:
     kind = choose(
       "diffusion.denoiser", config.diffusion.denoiser, denoiser.DENOISERS
     )
     return diffusion_decoder.DiffusionDecoder(
-      denoiser=kind(width=config.diffusion.width, dtype=dtype),
+      denoiser=remat(kind)(width=config.diffusion.width, dtype=dtype),
+      source="backbone" if model.dinov2_model else "pixels",
       latent_dim=config.diffusion.latent_dim,
       num_timesteps=config.diffusion.num_timesteps,
       num_tokens=config.diffusion.num_tokens,
@@ -95,15 +61,12 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
   if model.decoder == "none":
     return None
   if model.decoder == "patch_mlp":
-    return decoder.PatchMLPDecoder(
+    return remat(decoder.PatchMLPDecoder)(
       patch=model.token_stride, width=model.decoder_width, dtype=dtype
     )
-  return decoder.SpatialBroadcastDecoder(width=model.decoder_width, dtype=dtype)
-
-
-def has_field(config: ConfigDict) -> bool:
-  """Whether the encoder gives every pixel a vote and a foreground logit."""
-  return config.model.encoder == "unet"
+  return remat(decoder.SpatialBroadcastDecoder)(
+    width=model.decoder_width, dtype=dtype
+  )
 
 
 def make_partition(config: ConfigDict) -> model_lib.Partitioner:
@@ -117,8 +80,13 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
       threshold=spectral.count_threshold,
     )
   else:
+    graph = dict(sigma=spectral.sigma, tau=spectral.merge)
+    if config.model.dinov2_model:
+      # Both are colour distances; a backbone's features set their own scale,
+      # and regions only merge until there are no more than slots.
+      graph = dict(sigma=None, tau=0.0)
     options = {
-      "graph": dict(sigma=spectral.sigma, tau=spectral.merge),
+      "graph": graph,
       "fused": dict(scales=spectral.scales, knn_k=spectral.knn_k),
       "per_scale": dict(
         scales=spectral.scales,
@@ -146,7 +114,20 @@ def make_graph(config: ConfigDict) -> objective.GraphFn:
     return functools.partial(
       vote_partition.vote_graph, sigma=config.spectral.vote_sigma
     )
+  if config.model.dinov2_model:
+    return functools.partial(
+      landmarks.fused_graph,
+      scales=config.spectral.scales,
+      knn_k=config.spectral.knn_k,
+    )
   return functools.partial(affinity.stencil_graph, sigma=config.spectral.sigma)
+
+
+def graph_source(config: ConfigDict) -> str:
+  """What the token graph compares, see `model.graph_features`."""
+  if config.model.dinov2_model:
+    return "backbone"
+  return "field" if has_field(config) else "colour"
 
 
 def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
@@ -190,7 +171,8 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     random_slots=random_slots,
     partition=make_partition(config) if model.use_spectral_init else None,
     stickiness=model.stickiness,
-    source="field" if has_field(config) else "colour",
+    mirror=model.mirror and has_field(config),
+    source=graph_source(config),
   )
 
 
@@ -229,12 +211,13 @@ def make_training_free(
   config: ConfigDict,
 ) -> Callable[[Float[Array, "B H W 3"]], Array]:
   """The untrained, colour-only segmentation: images -> labels [B H W] uint8."""
+  side = config.model.image_size // config.model.token_stride
 
   def labels(image):
     masks, _ = partition.training_free(
       image,
       num_slots=config.model.num_slots,
-      grid=grid_of(config),
+      grid=(side, side),
       sigma=config.spectral.sigma,
       tau=config.spectral.merge,
     )
@@ -261,11 +244,38 @@ def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:
   )
 
 
+def first_state(
+  config: ConfigDict, init: Callable[[], TrainState]
+) -> TrainState:
+  """A run's first state: `init`'s, with a backbone's weights from its file.
+
+  Raises:
+    UserError: model.backbone_weights is empty, damaged or of another model.
+  """
+  model, weights = config.model, None
+  if model.dinov2_model:
+    weights = backbone.read_params(
+      model.dinov2_model,
+      make_backbone(config),
+      model.backbone_weights,
+      field="model.backbone_weights",
+    )
+  state = init()
+  if weights is None:
+    return state
+  encoder = state.params["encoder"]
+  encoder = encoder | {"vit": backbone.put_params(weights, encoder["vit"])}
+  return state.replace(params=state.params | {"encoder": encoder})
+
+
 def abstract_state(config: ConfigDict) -> TrainState:
   """Shapes of a run's state, on one device: what a reader restores into."""
   side = config.model.image_size
   optimizer = optim.make_optimizer(
-    optax.constant_schedule(0.0), weight_decay=0.0, grad_clip=1.0
+    optax.constant_schedule(0.0),
+    weight_decay=0.0,
+    grad_clip=1.0,
+    trainable=make_trainable(config),
   )
   create = functools.partial(
     train_state.create, make_model(config), optimizer, seed=0

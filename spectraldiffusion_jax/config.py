@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax.errors import UserError, choose
+from spectraldiffusion_jax.models.vit_variants import VARIANTS
 
 UNET_TILE = 16
 """Image sides are multiples of this many pixels for the U-Net."""
@@ -26,12 +27,15 @@ FREE = (
   "data.cache",
   "mesh.",
   "model.backbone_weights",
+  "training.remat",
 )
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs and when it gives up, never what it computes."""
 
 CHOICES = {
   "model.encoder": ("unet", "cnn", "vit_tiny"),
+  "model.dinov2_model": ("", *VARIANTS),
+  "model.backbone_features": ("tokens", "keys"),
   "model.slot_init": ("gaussian", "learned"),
   "model.slot_update": ("ssm", "gru"),
   "model.decoder": ("broadcast", "patch_mlp", "none"),
@@ -39,6 +43,7 @@ CHOICES = {
   "logging.keep_best": ("val/ari", "val/fg_ari", "val/mbo", "val/miou", ""),
   "spectral.mode": ("graph", "fused", "per_scale"),
   "diffusion.denoiser": ("compositional", "cross_attention"),
+  "training.remat": ("none", "dots", "full"),
 }
 
 POSITIVE = (
@@ -71,6 +76,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
   "seed",
   "model.backbone_size",
+  "model.backbone_trainable",
   "diffusion.num_tokens",
   "spectral.merge",
   "training.num_epochs",
@@ -118,6 +124,11 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f"{name}={values[name]} must not be negative")
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
+  if config.model.backbone_scan and config.model.backbone_trainable:
+    raise UserError(
+      "model.backbone_scan=True freezes all blocks alike: it needs "
+      "model.backbone_trainable=0"
+    )
   _check_tiling(config)
   crop = values["data.crop"]
   if crop and (len(crop) != 4 or crop[0] >= crop[1] or crop[2] >= crop[3]):
@@ -130,11 +141,7 @@ def _check_tiling(config: ConfigDict) -> None:
   """Raises a UserError if the encoder cannot take the image size."""
   model = config.model
   if model.dinov2_model:
-    raise UserError(
-      f"model.dinov2_model={model.dinov2_model!r}: slots on a frozen backbone "
-      "are not built yet; leave it empty (model.encoder is trained instead), "
-      "or use the features themselves through load_backbone"
-    )
+    return  # it resizes images to what it can tile
   size, stride = model.image_size, model.token_stride
   # The U-Net halves a 2-pixel grid three times.
   tile = max(stride, UNET_TILE) if model.encoder == "unet" else stride

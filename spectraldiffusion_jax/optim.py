@@ -1,6 +1,6 @@
 """Optimiser: clipped AdamW under a warm-up cosine schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -75,10 +75,33 @@ def make_schedule(
 
 
 def make_optimizer(
-  schedule: optax.Schedule, *, weight_decay: float, grad_clip: float
+  schedule: optax.Schedule,
+  *,
+  weight_decay: float,
+  grad_clip: float,
+  trainable: Callable[[dict], dict] | None = None,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm."""
+  """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
+
+  Args:
+    schedule: of the learning rate.
+    weight_decay: of the parameters in `decay_mask`.
+    grad_clip: largest global norm of the gradient; 0 = not clipped.
+    trainable: parameters -> a tree of bools; what is False stays as it is,
+      has no moments and does not count in the norm. None trains everything.
+  """
   clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-  return optax.chain(
+  tuned = optax.chain(
     clip, optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
+  )
+  if trainable is None:
+    return tuned
+
+  def labels(params):
+    return jax.tree.map(
+      lambda train: "tuned" if train else "frozen", trainable(params)
+    )
+
+  return optax.partition(
+    {"tuned": tuned, "frozen": optax.set_to_zero()}, labels
   )

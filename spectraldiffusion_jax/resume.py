@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from spectraldiffusion_jax import rounds, workdir
+from spectraldiffusion_jax import build, rounds, workdir
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.run import Run
@@ -29,7 +29,7 @@ def first_state(
     logging.info("continuing from step %d", record["step"])
     return state, record["carried"]
   if not resume:
-    return run.init_state(), None
+    return build.first_state(run.config, run.init_state), None
   other = pathlib.Path(resume).expanduser()
   if not (other / workdir.CONFIG_FILE).exists():
     raise UserError(f"--resume={resume} is not the workdir of a run")

@@ -1,27 +1,26 @@
 """The parts of a run, assembled once from its config."""
 
 import functools
+import logging
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import (
-  build,
+  build_encoder,
   distributed,
   evaluate,
   optim,
   rounds,
   sharding,
-  train_state,
-  train_step,
   visualise,
 )
 from spectraldiffusion_jax.data import pipeline
 from spectraldiffusion_jax.data.rendered import joined
 from spectraldiffusion_jax.evaluate import Segment
+from spectraldiffusion_jax.program import Program
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.types import Batch
 
@@ -36,10 +35,6 @@ class Run:
     self.config = config
     training = config.training
     self.mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch_size(
-      training.batch_size, training.gradient_accumulation, self.mesh
-    )
-    self.model = build.make_model(config)
     self.num_examples = distributed.first_alone(
       lambda: pipeline.num_examples(**self._data(config.data.train_split))
     )
@@ -51,79 +46,18 @@ class Run:
       warmup_epochs=training.warmup_epochs,
       val_interval=config.logging.val_interval,
     )
-    self._schedule = optim.make_schedule(
-      learning_rate=training.learning_rate,
-      length=self.length,
-      starts=rounds.starts(
-        self.length.num_steps, max(config.composite.rounds, 1)
-      ),
-    )
-    self._optimizer = optim.make_optimizer(
-      self._schedule,
-      weight_decay=training.weight_decay,
-      grad_clip=training.grad_clip,
-    )
-    self._compile()
-
-  def _compile(self) -> None:
-    """Abstract, sharded state and the jitted steps."""
-    size = self.config.model.image_size
-    rows = sharding.batch_rows(self.mesh)
-    image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)
-    create = functools.partial(
-      train_state.create, self.model, self._optimizer, seed=self.config.seed
-    )
-    shapes = jax.eval_shape(create, image)
-    state_sharding = sharding.state_sharding(shapes, self.mesh)
-    batch_sharding = sharding.batch_sharding(self.mesh)
-    self.abstract_state = jax.tree.map(
-      lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
-      shapes,
-      state_sharding,
-    )
-    self.init_state = jax.jit(
-      lambda: create(jnp.zeros(image.shape)), out_shardings=state_sharding
-    )
-    step = train_step.make_train_step(
-      build.make_loss_fn(self.config, self.model),
-      self._optimizer,
-      schedule=self._schedule,
-      seed=self.config.seed,
-      accumulation=self.config.training.gradient_accumulation,
-      max_loss_ratio=self.config.training.max_loss_ratio,
-    )
-    self.train_step = jax.jit(
-      step,
-      in_shardings=(state_sharding, batch_sharding),
-      out_shardings=(state_sharding, sharding.replicated(self.mesh)),
-      donate_argnums=0,
-    )
-    eval_step = train_step.make_eval_step(self.model)
-    self.eval_step = jax.jit(
-      eval_step, in_shardings=(state_sharding.params, batch_sharding)
-    )
-    self._labels = jax.jit(
-      lambda params, image: evaluate.labels_of(eval_step(params, image)),
-      in_shardings=(state_sharding.params, batch_sharding),
-      out_shardings=batch_sharding,
-    )
-    self._teachers = [
-      jax.jit(
-        build.make_teacher(self.config, segment),
-        in_shardings=(state_sharding.params, batch_sharding),
-        out_shardings=batch_sharding,
-      )
-      for segment in (None, eval_step)
-    ]
-    self.training_free: Segment = jax.jit(
-      build.make_training_free(self.config),
-      in_shardings=batch_sharding,
-      out_shardings=batch_sharding,
-    )
+    self.program = Program(config, self.mesh, self.length)
+    self.abstract_state = self.program.abstract_state
+    for line in sharding.notes(self.abstract_state):
+      logging.warning("%s", line)
+    self.init_state = self.program.init_state
+    self.train_step = self.program.train_step
+    self.eval_step = self.program.eval_step
+    self.training_free: Segment = self.program.training_free
 
   def segmenter(self, params: dict) -> Segment:
     """Image [B H W 3] -> labels [B H W] uint8 with these parameters."""
-    return functools.partial(self._labels, params)
+    return functools.partial(self.program.labels, params)
 
   def _data(self, split: str) -> dict:
     """The fields of the config that choose examples."""
@@ -258,7 +192,7 @@ class Run:
       sharding.local_rows,
       jax.device_put(wanted, sharding.batch_sharding(self.mesh)),
     )
-    grid = build.grid_of(self.config)
+    grid = build_encoder.grid_of(self.config)
     panels = visualise.panels(
       batch["image"],
       masks.argmax(1),
@@ -275,7 +209,7 @@ class Run:
 
     Those of the training-free step for round 0, else those of the model.
     """
-    teacher = self._teachers[1 if first else 0]
+    teacher = self.program.teachers[1 if first else 0]
     return rounds.label_images(
       functools.partial(teacher, state.params),
       self.eval_batches(self.config.data.train_split),

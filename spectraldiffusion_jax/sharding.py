@@ -20,11 +20,26 @@ from spectraldiffusion_jax.errors import UserError
 AXES = ("data", "fsdp", "model")
 
 RULES = (
-  # (pattern searched in the parameter's path, spec of its LAST dimensions)
-  (r"(bias|scale|mean|log_std)$", ()),
+  # (pattern searched in the array's path, mesh axes of its LAST dimensions)
+  # Vectors, and what is smaller than the message that would gather it.
+  (r"(bias|scale|mean|log_std|log_variance|logits)$", ()),
+  (r"/(a_log|skip|alpha|taps|cls|registers|slots)$", ()),
+  (r"(^|/)(step|count)$", ()),
+  # The head axis of attention, and pairs of products of which the first is
+  # split by outputs and the second by inputs: one all-reduce for both.
+  (r"_(query|key|value)/kernel$", ("fsdp", "model", None)),
+  (r"block\d+_out/kernel$", ("model", None, "fsdp")),
+  (r"(attn/out|mlp/down|mlp/Dense_1|out_proj)/kernel$", ("model", "fsdp")),
+  # Its outputs are parts of unequal width, which a split would cut.
+  (r"in_proj/kernel$", ("fsdp", None)),
+  (r"pos_embed$", ("fsdp",)),
   (r"kernel$", ("fsdp", "model")),
-  (r".*", ()),
 )
+"""The first that matches counts; an array that none matches is replicated and
+named by `notes`."""
+
+LARGE = 2**20
+"""Bytes from which an array that every device holds whole is worth a word."""
 
 
 def make_mesh(
@@ -128,13 +143,45 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """Spec of one array: the first matching rule, where the sizes divide."""
-  names = next(spec for pattern, spec in RULES if re.search(pattern, path))
+  names = _rule(path) or ()
   spec = [None] * len(shape)
   offset = len(shape) - len(names)
   for i, name in enumerate(names):
-    if offset >= 0 and shape[offset + i] % mesh.shape[name] == 0:
+    if name and offset >= 0 and shape[offset + i] % mesh.shape[name] == 0:
       spec[offset + i] = name
   return P(*spec)
+
+
+def _rule(path: str) -> tuple[str | None, ...] | None:
+  """Axes of the first rule that matches; None if none does."""
+  found = (axes for pattern, axes in RULES if re.search(pattern, path))
+  return next(found, None)
+
+
+def notes(abstract_state) -> list[str]:
+  """What a user should know of a sharded state: a line for each problem.
+
+  Arrays that no rule matches, and large ones that every device holds whole
+  although the mesh has an axis to split them over.
+  """
+  missed, whole = [], []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    size, mesh = leaf.size * leaf.dtype.itemsize, leaf.sharding.mesh
+    if _rule(name) is None:
+      missed.append(name)
+    if (
+      size >= LARGE
+      and mesh.shape["fsdp"] * mesh.shape["model"] > 1
+      and leaf.sharding.is_fully_replicated
+    ):
+      whole.append(f"{name} {leaf.shape} ({size / 2**20:.0f} MiB)")
+  lines = []
+  if missed:
+    lines.append(f"no sharding rule matches {', '.join(missed)}: replicated")
+  if whole:
+    lines.append(f"large and replicated: {', '.join(whole)}")
+  return lines
 
 
 def state_sharding(abstract_state, mesh: Mesh):
@@ -155,11 +202,13 @@ def state_sharding(abstract_state, mesh: Mesh):
 def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
   """Raises a UserError naming the numbers if rows do not split evenly."""
   rows = batch_rows(mesh)
-  if batch_size % (rows * accumulation):
+  unit = rows * accumulation
+  if batch_size % unit:
     raise UserError(
       f"training.batch_size={batch_size} does not split over mesh.data * "
       f"mesh.fsdp = {rows} devices times training.gradient_accumulation="
-      f"{accumulation}: use a multiple of {rows * accumulation}"
+      f"{accumulation}: use a multiple of {unit}, for example "
+      f"--config.training.batch_size={-(-batch_size // unit) * unit}"
     )
 
 

@@ -28,6 +28,7 @@ from spectraldiffusion_jax import workdir as workdir_lib
 from spectraldiffusion_jax.checkpoint import Checkpoints
 from spectraldiffusion_jax.ledger import Ledger
 from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
+from spectraldiffusion_jax.prefetch import Prefetch
 from spectraldiffusion_jax.resume import first_state
 from spectraldiffusion_jax.run import Run
 from spectraldiffusion_jax.train_state import TrainState
@@ -140,8 +141,7 @@ class _Loop:
     while step < self.length.num_steps:
       if self.batches is None:
         self._open_batches(state, step)
-      batch = next(self.batches)
-      index, batch = batch["index"], self.run.place(batch, step)
+      index, batch = next(self.batches)
       state, metrics = self.run.train_step(state, batch)
       step += 1
       self.ledger.write(step, index)
@@ -222,7 +222,11 @@ class _Loop:
           state_of=state_of,
           make=self.run.teach,
         )
-    self.batches = self.run.train_batches(start=step, labels=labels)
+    self.batches = Prefetch(
+      self.run.train_batches(start=step, labels=labels),
+      self.run.place,
+      first=step,
+    )
 
   def _close_batches(self) -> None:
     if self.batches is not None:

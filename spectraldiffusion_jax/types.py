@@ -37,6 +37,7 @@ class Features(struct.PyTreeNode):
 
   tokens: Array  # [B h w F] features of the token grid
   field: Array | None = None  # [B H W E] per-pixel keys, if the encoder has any
+  backbone: Array | None = None  # [B h w F] pretrained features behind tokens
 
 
 class Slots(struct.PyTreeNode):

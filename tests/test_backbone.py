@@ -8,8 +8,9 @@ from PIL import Image
 
 from spectraldiffusion_jax import backbone as backbones
 from spectraldiffusion_jax import weights as weight_files
-from spectraldiffusion_jax.backbone import input_size, load_backbone
+from spectraldiffusion_jax.backbone import load_backbone
 from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.models.vit_input import input_size
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from configs import clevr, default, procedural
+from configs import (
+  bdd100k,
+  cityscapes,
+  clevr,
+  default,
+  kitti,
+  procedural,
+)
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.errors import UserError
 
@@ -18,9 +25,10 @@ def changed(name, value):
 
 
 def test_the_default_and_every_variant_are_valid_and_locked():
-  configs = [default.get_config()]
+  plain = (default, cityscapes, kitti, bdd100k)
+  configs = [module.get_config() for module in plain]
   configs += [procedural.get_config(v) for v in procedural.VARIANTS]
-  configs += [clevr.get_config(v) for v in clevr.VARIANTS if v != "dinov2"]
+  configs += [clevr.get_config(v) for v in clevr.VARIANTS]
   for config in configs:
     config_lib.validate(config)
     with pytest.raises(AttributeError):
@@ -33,7 +41,9 @@ def test_the_default_and_every_variant_are_valid_and_locked():
     ("model.encoder", "unett", "model.encoder.*did you mean 'unet'"),
     ("model.image_size", 100, "image_size=100 cannot be tiled.*example 96"),
     ("model.num_slots", 0, "model.num_slots=0 has to be greater"),
-    ("model.dinov2_model", "dinov2_vitb14", "not built yet"),
+    ("model.dinov2_model", "dinov2_vitb16", "did you mean 'dinov[23]_vitb1"),
+    ("model.backbone_features", "values", "not one of tokens, keys"),
+    ("model.backbone_trainable", -1, "must not be negative"),
     ("model.token_stride", 16, "token_stride=16"),
     ("training.learning_rate", float("nan"), "learning_rate=nan"),
     ("training.grad_clip", -1.0, "grad_clip=-1.0 must not be negative"),
@@ -81,7 +91,9 @@ def test_a_workdir_without_a_readable_config_is_refused(tmp_path, text):
     config_lib.load(path)
 
 
-@pytest.mark.parametrize("module", [procedural, clevr, default])
+@pytest.mark.parametrize(
+  "module", [procedural, clevr, default, cityscapes, kitti, bdd100k]
+)
 def test_an_unknown_variant_is_refused(module):
   with pytest.raises(ValueError, match="no variant 'nonsense'"):
     module.get_config("nonsense")

@@ -23,12 +23,14 @@ LAYERS = [
     data models losses metrics colours
     panoptic sheet diagnostics
     pseudo_classes visualise
-    optim sharding writers config weights pth retention distributed
+    optim sharding writers config weights pth prefetch retention distributed
     train_state checkpoint preemption workdir divergence ledger
     train_step
-    objective convert
-    evaluate build backbone
+    objective convert build_encoder
+    backbone
+    evaluate build
     rounds
+    program
     run
     segmenter resume
     train_loop

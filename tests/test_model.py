@@ -184,3 +184,12 @@ def test_the_default_model_has_shapes_at_full_size():
   state = build.abstract_state(default.get_config())
   sizes = [np.prod(p.shape) for p in jax.tree.leaves(state.params)]
   assert 5e5 < sum(sizes) < 1.25e6  # within 5 MB of float32
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_field_of_a_mirror_image_is_the_mirrored_field(mirror):
+  model, params = built(model__mirror=mirror)
+  field = segment(model, params, images()).field
+  other = segment(model, params, images()[:, :, ::-1]).field[:, :, ::-1]
+  other = other * np.float32([1, 1, -1])
+  assert np.allclose(field, other, atol=1e-5) == mirror

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from spectraldiffusion_jax import sharding
+from configs import cityscapes, clevr, procedural
+from spectraldiffusion_jax import optim, sharding
 from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.program import Program
 
 
 def test_the_open_axis_takes_the_rest():
@@ -39,6 +41,78 @@ def test_rules_split_kernels_and_spare_the_rest():
   assert spec("params/dense/kernel", 7, 16) == P(None, "model")
   assert spec("params/dense/bias", 16) == P(None)
   assert spec("step") == P()
+
+
+GOLDEN = """
+encoder/vit/patch_embed/kernel                588 1024      fsdp model
+encoder/vit/pos_embed                         1 1370 1024   - - fsdp
+encoder/vit/cls                               1 1 1024      - - -
+encoder/vit/blocks/attn/query/kernel          24 1024 1024  - fsdp model
+encoder/vit/blocks/attn/key/kernel            24 1024 1024  - fsdp model
+encoder/vit/blocks/attn/value/kernel          24 1024 1024  - fsdp model
+encoder/vit/blocks/attn/out/kernel            24 1024 1024  - model fsdp
+encoder/vit/blocks/attn/query/bias            24 1024       - -
+encoder/vit/blocks/attn_scale                 24 1024       - -
+encoder/vit/blocks/norm1/scale                24 1024       - -
+encoder/vit/blocks/mlp/up/kernel              24 1024 4096  - fsdp model
+encoder/vit/blocks/mlp/gate/kernel            24 1024 4096  - fsdp model
+encoder/vit/blocks/mlp/down/kernel            24 4096 1024  - model fsdp
+encoder/vit/block_7/attn/out/kernel           1024 1024     model fsdp
+encoder/Block_3/Conv_0/kernel                 3 3 128 128   - - fsdp model
+encoder/fusion/ssm/in_proj/kernel             1024 260      fsdp -
+encoder/fusion/out_proj/kernel                64 1024       model fsdp
+encoder/fusion/fusion/taps                    3 3 3 64      - - - -
+attention/value/kernel                        1024 768      fsdp model
+attention/cell/ssm/a_log                      4             -
+attention/cell/mlp/Dense_0/kernel             768 1536      fsdp model
+attention/cell/mlp/Dense_1/kernel             1536 768      model fsdp
+decoder/denoiser/block0_query/kernel          256 4 64      fsdp model -
+decoder/denoiser/block0_out/kernel            4 64 256      model - fsdp
+decoder/denoiser/mask/kernel                  256 1         fsdp -
+prior/mean                                    64 64         - -
+"""
+"""Path, shape, and the mesh axis of each dimension on a 2 x 2 x 2 mesh."""
+
+
+@pytest.mark.parametrize("row", GOLDEN.strip().splitlines())
+@pytest.mark.parametrize("where", ["params/", "opt_state/0/mu/"])
+def test_golden_table_of_specs(row, where):
+  mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+  path, *rest = row.split()
+  shape = tuple(int(size) for size in rest[: len(rest) // 2])
+  axes = [None if axis == "-" else axis for axis in rest[len(rest) // 2 :]]
+  assert sharding.parameter_spec(where + path, shape, mesh) == P(*axes)
+
+
+def test_every_array_of_every_config_has_a_rule():
+  mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+  for config in (
+    clevr.get_config(),
+    procedural.get_config("baseline"),
+    cityscapes.get_config(),
+  ):
+    config = config.unlock()
+    config.training.batch_size, config.model.backbone_scan = 8, True
+    program = Program(config.lock(), mesh, optim.Length(1, 10, 0, 1))
+    assert sharding.notes(program.abstract_state) == []
+
+
+def test_misses_and_large_replicated_arrays_are_named():
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+
+  def note(path, *shape):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {"params": {path: leaf}}
+    at = sharding.state_sharding(tree, mesh)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at["params"][path])
+    return sharding.notes({"params": {path: leaf}})
+
+  assert note("kernel", 1024, 1024) == []
+  assert note("kernel", 1023, 1025) == [
+    "large and replicated: params/kernel (1023, 1025) (4 MiB)"
+  ]
+  (line,) = note("table", 4)
+  assert "no sharding rule matches params/table" in line
 
 
 def test_optimiser_moments_live_where_their_parameters_do():

@@ -52,7 +52,7 @@ def test_scan_and_remat_change_nothing():
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   value, plain = grad(params["params"], model)
   stacked = stack_blocks(params["params"])
-  scanned = model.clone(scan=True, remat=True)
+  scanned = model.clone(scan=True, remat="full")
   scanned_value, scanned_grad = grad(stacked, scanned)
   np.testing.assert_allclose(scanned_value, value, rtol=1e-5)
   jax.tree.map(
@@ -73,7 +73,7 @@ def test_remat_recomputes():
 
   texts = [
     str(jax.make_jaxpr(lambda p, m=m: jax.grad(loss)(p, m))(params))
-    for m in (model, model.clone(remat=True))
+    for m in (model, model.clone(remat="full"))
   ]
   assert "remat" not in texts[0] and texts[1].count("remat") >= 2
 

@@ -5,8 +5,11 @@ orthonormal map and whitened; the denoiser sees noised latents and slots.
 Masks need one evaluation and never the sampler.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -22,6 +25,14 @@ def whiten(x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
   return jax.lax.stop_gradient((x - mean) / std)
 
 
+@functools.lru_cache(maxsize=4)
+def _basis(width: int, dim: int) -> np.ndarray:
+  """Columns [width dim] of one random orthonormal map, always the same."""
+  # On the host, once: under jit it would be decomposed anew at every step.
+  draw = np.random.RandomState(0).standard_normal((width, width))
+  return np.linalg.qr(draw)[0][:, :dim].astype(np.float32)
+
+
 def latents(
   image: Float[Array, "B H W 3"],
   features: Features,
@@ -32,19 +43,18 @@ def latents(
   """What is denoised, unit variance a channel and no gradient.
 
   `pixels` are the patch of each token, in an orthonormal cosine basis of at
-  most `latent_dim` channels; `tokens` are frozen backbone tokens in a fixed
+  most `latent_dim` channels; `backbone` are pretrained features in a fixed
   orthonormal basis.
   """
   if source == "pixels":
     stride = image.shape[1] // features.tokens.shape[1]
     x = layers.space_to_depth(image, stride)
   else:
-    x = features.tokens.astype(jnp.float32)
+    x = features.backbone.astype(jnp.float32)
   x = x.reshape(len(image), -1, x.shape[-1])
   width = x.shape[-1]
   if width > latent_dim:
-    basis = jax.random.orthogonal(jax.random.key(0), width)[:, :latent_dim]
-    x = x @ basis
+    x = x @ _basis(width, latent_dim)
   return whiten(x)
 
 
@@ -52,7 +62,7 @@ class DiffusionDecoder(nn.Module):
   """Predicts v at a random one of T_d noise levels (Salimans & Ho 2022)."""
 
   denoiser: nn.Module
-  source: str = "pixels"  # pixels | tokens
+  source: str = "pixels"  # pixels | backbone
   latent_dim: int = 256
   num_timesteps: int = 50
   num_tokens: int = 256  # tokens a step that are denoised; 0 = all of them

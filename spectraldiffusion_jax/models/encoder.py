@@ -1,10 +1,10 @@
-"""Encoders that are trained here: image in, a grid of tokens out."""
+"""Encoders: image in, a grid of tokens out."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from spectraldiffusion_jax.models import layers
+from spectraldiffusion_jax.models import layers, vit_input
 from spectraldiffusion_jax.types import Features
 
 
@@ -32,15 +32,50 @@ class CNNEncoder(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-  """A small vision transformer trained from scratch; there is no field.
+  """A small vision transformer trained from scratch.
 
   Args:
     vit: of models/vit_variants.py; its patch is the token's side in pixels.
+    field: channels of the instance field that each token spreads over its
+      pixels; 0 = there is none.
   """
 
   vit: nn.Module
+  field: int = 0
 
   @nn.compact
   def __call__(self, image: Float[Array, "B H W 3"]) -> Features:
-    """Tokens [B h w F] after the last norm."""
-    return Features(self.vit(2 * image - 1).tokens)
+    """Tokens [B h w F] after the last norm, and field [B H W field]."""
+    tokens = self.vit(2 * image - 1).tokens
+    if not self.field:
+      return Features(tokens)
+    # Neighbours join in, or the field would break at the edges of patches.
+    patch = self.vit.patch
+    x = nn.Conv(patch**2 * self.field, (3, 3), name="field")(tokens)
+    return Features(tokens, field=layers.depth_to_space(x, patch))
+
+
+class BackboneEncoder(nn.Module):
+  """A pretrained vision transformer, and a fusion of its tokens if wanted.
+
+  What is frozen in it is `vit.tuned`'s business; its parameters are at `vit`.
+
+  Args:
+    vit: of models/vit_variants.py.
+    features: "tokens" (after the final norm) or "keys" (of the last block).
+    size: pixels of the longer side that it sees, see `vit_input.input_size`.
+    fusion: trained, applied to the features before slots compete for them.
+  """
+
+  vit: nn.Module
+  features: str = "tokens"
+  size: int = 0
+  fusion: nn.Module | None = None
+
+  @nn.compact
+  def __call__(self, image: Float[Array, "B H W 3"]) -> Features:
+    """Tokens [B h w F] of images of any size; there is no field."""
+    seen = vit_input.normalised(image, patch=self.vit.patch, longest=self.size)
+    found = getattr(self.vit(seen), self.features)
+    tokens = found if self.fusion is None else self.fusion(found)
+    return Features(tokens, backbone=found)

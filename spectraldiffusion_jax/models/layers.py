@@ -2,10 +2,36 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+REMAT = {
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What is kept for the backward pass: everything, the results of products
+with parameters, or nothing but the inputs; the rest is computed again."""
+
+
+def remat(
+  module: type[nn.Module], policy: str, *, prevent_cse: bool = True
+) -> type[nn.Module]:
+  """The same module under a policy of REMAT, with the same parameters.
+
+  Its class has another name: where flax would number submodules, name them.
+
+  Args:
+    module: the class.
+    policy: key of REMAT.
+    prevent_cse: False inside a scan, where nothing can be merged anyway.
+  """
+  if REMAT[policy] is None:
+    return module
+  return nn.remat(module, policy=REMAT[policy], prevent_cse=prevent_cse)
 
 
 def position_grid(height: int, width: int) -> Float[np.ndarray, "h w 4"]:

@@ -7,6 +7,7 @@ image -> encoder -> tokens (and an instance field)
       -> masks at image resolution
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -27,9 +28,11 @@ Partitioner = Callable[
 def pool_grid(
   x: Float[Array, "B H W C"], grid: tuple[int, int]
 ) -> Float[Array, "B h w C"]:
-  """Mean over the pixels of each token; H and W are multiples of the grid."""
+  """Mean over the pixels of each token; cells may cut pixels."""
   b, height, width, c = x.shape
   h, w = grid
+  if height % h or width % w:
+    return jax.vmap(functools.partial(color.pool_to_grid, grid=grid))(x)
   return x.reshape(b, h, height // h, w, width // w, c).mean((2, 4))
 
 
@@ -67,16 +70,17 @@ def graph_features(
   *,
   source: str,
 ) -> Float[Array, "B h w E"]:
-  """What the token graph compares: colour, tokens or the instance field.
+  """What the token graph compares: colour, a backbone or the instance field.
 
-  `colour` is CIELAB / 100; `tokens` are centred and scaled to unit length;
+  `colour` is CIELAB / 100; `backbone` features are centred on the image's
+  mean, which all of its tokens share, and scaled to unit length;
   `field` is the chance of being foreground and the mean vote.
   """
   if source == "colour":
     lab = jax.vmap(color.srgb_to_lab)(image)
     return pool_grid(lab * jnp.array([0.7, 1.0, 1.0])[None, None, None], grid)
-  if source == "tokens":
-    x = features.tokens.astype(jnp.float32)
+  if source == "backbone":
+    x = features.backbone.astype(jnp.float32)
     x = x - x.mean((1, 2), keepdims=True)
     return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
   chance = jax.nn.sigmoid(features.field[..., :1])
@@ -113,6 +117,21 @@ def sharpen(
   return jax.vmap(one)(image, masks)
 
 
+def mirrored(
+  encoder: Callable[[Float[Array, "B H W 3"]], Features],
+  image: Float[Array, "B H W 3"],
+) -> Features:
+  """Features of images, their field averaged with that of the mirror image.
+
+  Flipped back, a mirrored field differs in the sign of its column offsets.
+  """
+  both = encoder(jnp.concatenate([image, image[:, :, ::-1]]))
+  field, other = jnp.split(both.field, 2)
+  sign = jnp.ones(field.shape[-1]).at[2].set(-1.0)
+  other = other[:, :, ::-1] * sign[None, None, None]
+  return Features(tokens=both.tokens[: len(image)], field=0.5 * (field + other))
+
+
 class SpectralDiffusion(nn.Module):
   """The complete model; every part is a field, chosen in build.py."""
 
@@ -129,6 +148,7 @@ class SpectralDiffusion(nn.Module):
   source: str = "field"  # see graph_features
   tau: float = 2.0  # temperature of the pixels' E-step
   stickiness: float = 0.0  # of masks sharpened by colour; 0 = not sharpened
+  mirror: bool = False  # average the field over the mirror, unless training
 
   @nn.compact
   def __call__(
@@ -148,7 +168,10 @@ class SpectralDiffusion(nn.Module):
       label_slots: number of slots where labels are given.
       train: whether the decoder draws noise and predicts a target.
     """
-    features = self.encoder(image)
+    if self.mirror and not train:
+      features = mirrored(self.encoder, image)
+    else:
+      features = self.encoder(image)
     grid = features.tokens.shape[1:3]
     tokens = features.tokens.reshape(len(image), -1, features.tokens.shape[-1])
     affinity = graph_features(image, features, grid, source=self.source)
@@ -163,9 +186,11 @@ class SpectralDiffusion(nn.Module):
     decoded = None
     if self.decoder is not None and (train or features.field is None):
       decoded = self.decoder(slots, image, features, train=train)
+    # While training, a decoder may have painted some of the tokens only.
+    shown = None if train else decoded
     return ModelOutput(
       slots=slots,
-      masks=self._masks(image, features, slots, mixture, decoded),
+      masks=self._masks(image, features, slots, mixture, shown),
       decoded=decoded,
       field=features.field,
       mixture=mixture,

@@ -59,6 +59,7 @@ class UNetEncoder(nn.Module):
   embedding: int = 4  # channels of the field beside foreground and vote
   fusion: nn.Module | None = None
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"  # of blocks, see layers.REMAT
 
   @nn.compact
   def __call__(self, image: Float[Array, "B H W 3"]) -> Features:
@@ -71,7 +72,7 @@ class UNetEncoder(nn.Module):
     for level, width in enumerate(self.widths):
       if level:
         x = nn.Conv(width, (2, 2), (2, 2), dtype=self.dtype)(nn.relu(x))
-      x = self._block(level)(x)
+      x = self._block(level, level)(x)
       skips.append(x)
     if self.fusion is not None:
       x = self.fusion(x)
@@ -79,7 +80,7 @@ class UNetEncoder(nn.Module):
     for level in reversed(range(len(self.widths) - 1)):
       x = nn.Conv(self.widths[level], (1, 1), dtype=self.dtype)(nn.relu(x))
       x = x.repeat(2, axis=1).repeat(2, axis=2) + skips[level]
-      x = self._block(level)(x)
+      x = self._block(level, 2 * (len(self.widths) - 1) - level)(x)
       if STEM * 2**level == self.stride:
         tokens = x
     field = nn.Conv(
@@ -88,10 +89,11 @@ class UNetEncoder(nn.Module):
     field = layers.depth_to_space(field, STEM).astype(jnp.float32)
     return Features(tokens=tokens, field=field)
 
-  def _block(self, level: int) -> Block:
-    return Block(
+  def _block(self, level: int, number: int) -> Block:
+    return layers.remat(Block, self.remat)(
       width=self.widths[level],
       depth=2 if level else 1,
       normalise=level > 0,
       dtype=self.dtype,
+      name=f"Block_{number}",
     )

@@ -14,13 +14,14 @@ and `pos_embed` are bare arrays. With scan=True all blocks lie stacked under
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.errors import UserError
-from spectraldiffusion_jax.models.layers import space_to_depth
+from spectraldiffusion_jax.models.layers import remat, space_to_depth
 from spectraldiffusion_jax.ops.attention import attend, rotary_angles, rotate
 from spectraldiffusion_jax.ops.resample import resize_bicubic
 
@@ -162,8 +163,9 @@ class Vit(nn.Module):
   layer_scale: float | None = 1.0  # at initialisation; None = no LayerScale
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32  # of matrix products; parameters are float32
-  remat: bool = False  # recompute blocks in the backward pass
+  remat: str = "none"  # of blocks, see layers.REMAT
   scan: bool = False  # one traced block for all: compiles faster
+  tuned: int | None = None  # last blocks that get a gradient; None = the whole
 
   @nn.compact
   def __call__(self, image: Float[Array, "B H W 3"]) -> VitOutput:
@@ -186,6 +188,8 @@ class Vit(nn.Module):
     x, keys = self._blocks(x, angles)
     x = layer_norm(self.norm_eps, jnp.float32, "norm")(x)
     start = 1 + self.registers
+    if self.tuned == 0:
+      x, keys = jax.lax.stop_gradient((x, keys))
     return VitOutput(
       tokens=x[:, start:].reshape(b, h, w, -1),
       cls=x[:, 0],
@@ -220,7 +224,7 @@ class Vit(nn.Module):
     )
 
   def _blocks(self, x, angles):
-    cls = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    cls = remat(Block, self.remat, prevent_cse=not self.scan)
     fields = {
       "heads": self.heads,
       "hidden": self.hidden,
@@ -231,7 +235,10 @@ class Vit(nn.Module):
       "dtype": self.dtype,
     }
     carry = (x, jnp.zeros(x.shape, self.dtype))
+    first = 0 if self.tuned is None else self.depth - self.tuned
     if self.scan:
+      if 0 < first < self.depth:
+        raise UserError("tuning the last blocks needs scan=False")
       stack = nn.scan(
         cls,
         variable_axes={"params": 0},
@@ -241,5 +248,7 @@ class Vit(nn.Module):
       )
       return stack(**fields, name="blocks")(carry, angles)[0]
     for i in range(self.depth):
+      if 0 < i == first:
+        carry = jax.lax.stop_gradient(carry)
       carry, _ = cls(**fields, name=f"block_{i}")(carry, angles)
     return carry

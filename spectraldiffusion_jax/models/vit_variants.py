@@ -105,6 +105,8 @@ def tunable_mask(params: Mapping, *, last_blocks: int) -> dict:
   Raises:
     UserError: the blocks are stacked, so that they cannot be told apart.
   """
+  if last_blocks == 0:
+    return jax.tree.map(lambda _: False, dict(params))
   if "blocks" in params:
     raise UserError(
       "tuning the last blocks needs the plain layout: use scan=False"
@@ -113,8 +115,8 @@ def tunable_mask(params: Mapping, *, last_blocks: int) -> dict:
   first = max(indices) + 1 - last_blocks
 
   def is_tuned(name):
-    if first <= 0 or last_blocks == 0:
-      return first <= 0
+    if first <= 0:
+      return True
     return name == "norm" or (
       name.startswith("block_") and int(name[6:]) >= first
     )

@@ -1,0 +1,19 @@
+"""KITTI: the values of Cityscapes, whose classes it shares.
+
+  python launch/train.py --config=configs/kitti.py --workdir=runs/k \
+    --config.model.backbone_weights=vitl14.safetensors
+
+Checked by shape; the data set has to be prepared under data.data_root first.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cityscapes
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  if variant:
+    raise ValueError(f"configs/kitti.py has no variant {variant!r}")
+  c = cityscapes.get_config().unlock()
+  c.data.dataset = "kitti"
+  return c.lock()

@@ -1,0 +1,133 @@
+"""The compiled side of a run: model, optimiser and jitted steps on a mesh.
+
+Nothing here reads data or makes an array, so the same program is built for
+the devices of this machine and for those of a machine that is not there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spectraldiffusion_jax import (
+  build,
+  evaluate,
+  optim,
+  rounds,
+  sharding,
+  train_state,
+  train_step,
+)
+
+
+class Program:
+  """The jitted functions of a validated config, with their shardings.
+
+  Attributes:
+    mesh: the devices.
+    model: the module.
+    optimizer: of its parameters.
+    abstract_state: shapes, dtypes and shardings of a TrainState.
+    abstract_batch: those of what `train_step` reads of a batch.
+    init_state: () -> TrainState, born sharded.
+    train_step: (state, batch) -> state, metrics; the state is donated.
+    eval_step: (params, image) -> ModelOutput.
+    labels: (params, image) -> label maps [B H W] uint8.
+    teachers: (params, image) -> label maps to train on, of the training-free
+      step and of the model.
+    training_free: image -> label maps [B H W] uint8.
+  """
+
+  def __init__(self, config: ConfigDict, mesh: Mesh, length: optim.Length):
+    training = config.training
+    sharding.check_batch_size(
+      training.batch_size, training.gradient_accumulation, mesh
+    )
+    self.config, self.mesh = config, mesh
+    self.model = build.make_model(config)
+    self._schedule = optim.make_schedule(
+      learning_rate=training.learning_rate,
+      length=length,
+      starts=rounds.starts(length.num_steps, max(config.composite.rounds, 1)),
+    )
+    self.optimizer = optim.make_optimizer(
+      self._schedule,
+      weight_decay=training.weight_decay,
+      grad_clip=training.grad_clip,
+      trainable=build.make_trainable(config),
+    )
+    self._make_state()
+    self._make_train_step()
+    self._make_readers()
+
+  def _make_state(self) -> None:
+    """Abstract, sharded state and batch, and what makes the first state."""
+    config, mesh = self.config, self.mesh
+    size, rows = config.model.image_size, sharding.batch_rows(mesh)
+    image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)
+    create = functools.partial(
+      train_state.create, self.model, self.optimizer, seed=config.seed
+    )
+    shapes = jax.eval_shape(create, image)
+    self._at = sharding.state_sharding(shapes, mesh)
+    self._rows = sharding.batch_sharding(mesh)
+    self.abstract_state = jax.tree.map(
+      lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+      shapes,
+      self._at,
+    )
+    self.init_state = jax.jit(
+      lambda: create(jnp.zeros(image.shape)), out_shardings=self._at
+    )
+    batch = {"image": ((size, size, 3), jnp.float32)}
+    if config.composite.rounds:
+      batch["labels"] = ((size, size), jnp.uint8)
+      batch["exact"] = batch["distrust"] = ((), jnp.float32)
+    self.abstract_batch = {
+      name: jax.ShapeDtypeStruct(
+        (config.training.batch_size, *shape), dtype, sharding=self._rows
+      )
+      for name, (shape, dtype) in batch.items()
+    }
+
+  def _make_train_step(self) -> None:
+    step = train_step.make_train_step(
+      build.make_loss_fn(self.config, self.model),
+      self.optimizer,
+      schedule=self._schedule,
+      seed=self.config.seed,
+      accumulation=self.config.training.gradient_accumulation,
+      max_loss_ratio=self.config.training.max_loss_ratio,
+    )
+    self.train_step = jax.jit(
+      step,
+      in_shardings=(self._at, self._rows),
+      out_shardings=(self._at, sharding.replicated(self.mesh)),
+      donate_argnums=0,
+    )
+
+  def _make_readers(self) -> None:
+    """The functions that read parameters and change nothing."""
+    eval_step = train_step.make_eval_step(self.model)
+    reads = (self._at.params, self._rows)
+    self.eval_step = jax.jit(eval_step, in_shardings=reads)
+    self.labels = jax.jit(
+      lambda params, image: evaluate.labels_of(eval_step(params, image)),
+      in_shardings=reads,
+      out_shardings=self._rows,
+    )
+    self.teachers = [
+      jax.jit(
+        build.make_teacher(self.config, segment),
+        in_shardings=reads,
+        out_shardings=self._rows,
+      )
+      for segment in (None, eval_step)
+    ]
+    self.training_free = jax.jit(
+      build.make_training_free(self.config),
+      in_shardings=self._rows,
+      out_shardings=self._rows,
+    )
