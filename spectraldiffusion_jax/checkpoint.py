@@ -196,7 +196,7 @@ class Checkpoints:
       Exception: anything Orbax raises for a damaged file, or ValueError where
         the content read is not the content saved.
     """
-    record = self._read(step, record=ocp.args.JsonRestore())["record"]
+    record = self._read(step, record=ocp.args.JsonRestore())
     if record.get("digest") != _digest(record):
       raise ValueError("the record's digest does not match its content")
     if len(record["fingerprint"]) != len(jax.tree.leaves(abstract_state)):
@@ -205,22 +205,21 @@ class Checkpoints:
         f" {record['version']} with another set of arrays than version"
         f" {__version__} has: use that version, or a new workdir"
       )
-    target = ocp.args.StandardRestore(abstract_state)
-    state = self._read(step, state=target)["state"]
+    state = self._read(step, state=ocp.args.StandardRestore(abstract_state))
     if record["fingerprint"] != np.asarray(fingerprint(state)).tolist():
       raise ValueError("array content differs from what was saved")
     return state, record
 
-  def _read(self, step: int, **items):
-    """Items of a checkpoint; raises in every process if one cannot read it."""
-    out, problem = None, None
+  def _read(self, step: int, **item) -> Any:
+    """One item of a step, or the same kind of failure in every process."""
+    out, problem = {}, None
     try:
-      out = self._manager.restore(step, args=ocp.args.Composite(**items))
+      out = self._manager.restore(step, args=ocp.args.Composite(**item))
     except Exception as error:  # Orbax raises bare Exception for bad files
       problem = error
     if not distributed.all_agree(problem is None):
       raise problem or ValueError("another process could not read its part")
-    return out
+    return out[next(iter(item))]
 
   def restore_latest(
     self, abstract_state, *, planned: bool = False

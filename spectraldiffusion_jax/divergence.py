@@ -63,6 +63,8 @@ class Watch:
     verdict, before = Verdict.GO_ON, len(self._past["reports"])
     for step, metrics, index in self._recent:
       if not float(metrics["accepted"]):
+        # In every process at once, for the metrics are the same in all.
+        index = multihost_utils.process_allgather(index, tiled=True)
         verdict = self._judge(step, metrics, index)
       if verdict != Verdict.GO_ON:
         break  # the steps after this one are to be done again, or never

@@ -64,29 +64,28 @@ def path(workdir: pathlib.Path, first_step: int) -> pathlib.Path:
 
 
 def load(workdir: pathlib.Path, first_step: int) -> np.ndarray | None:
-  """The kept labels of a round, verified, or None, the same in every process.
+  """The kept labels of a round, verified, or None, alike in every process.
 
   A file that is not what `save` wrote is named in the log, and kept aside.
   """
   file = path(workdir, first_step)
-  labels = _verified(file) if jax.process_index() == 0 else None
-  if not distributed.first_says(labels is not None):
+  if not distributed.first_says(jax.process_index() == 0 and _intact(file)):
     return None
   distributed.check_shared(file)
-  return _verified(file) if labels is None else labels
+  return np.load(io.BytesIO(file.read_bytes()[:-DIGEST]), allow_pickle=False)
 
 
-def _verified(file: pathlib.Path) -> np.ndarray | None:
+def _intact(file: pathlib.Path) -> bool:
   if not file.exists():
-    return None
+    return False
   content = file.read_bytes()
   body, digest = content[:-DIGEST], content[-DIGEST:]
   if hashlib.sha256(body).digest() == digest:
-    return np.load(io.BytesIO(body), allow_pickle=False)
+    return True
   aside = file.with_suffix(".npy.damaged")
   file.replace(aside)
   logging.warning("labels %s are damaged; kept as %s", file, aside.name)
-  return None
+  return False
 
 
 def save(workdir: pathlib.Path, first_step: int, labels: np.ndarray) -> None:

@@ -5,6 +5,7 @@ all: steps alone, steps with an asynchronous save after the first, steps with
 a save that is waited for.
 """
 
+import collections
 import pathlib
 import statistics
 import tempfile
@@ -48,6 +49,27 @@ def make_toy(
   return state, jax.jit(step, donate_argnums=0)
 
 
+def _save(
+  checkpoints: Checkpoints,
+  number: int,
+  state: dict,
+  times: dict[str, list[float]],
+  *,
+  wait: bool,
+) -> None:
+  """One save after the step is done; seconds go to three lists of `times`."""
+  jax.block_until_ready(state)
+  began = time.perf_counter()
+  jax.block_until_ready(fingerprint(state))
+  times["fingerprint"].append(time.perf_counter() - began)
+  began = time.perf_counter()
+  checkpoints.save(number, state, config={}, metrics={})
+  times["blocked"].append(time.perf_counter() - began)
+  if wait:
+    checkpoints.wait()
+    times["written"].append(time.perf_counter() - began)
+
+
 def run(
   *,
   width: int = 512,
@@ -75,39 +97,30 @@ def run(
   size = sum(x.nbytes for x in jax.tree.leaves(state))
   state = jax.block_until_ready(step(state))
   jax.block_until_ready(fingerprint(state))
-  blocks, blocked, written, prints = {kind: [] for kind in KINDS}, [], [], []
+  times = collections.defaultdict(list)
   with tempfile.TemporaryDirectory() as folder:
     with Checkpoints(pathlib.Path(folder), keep_last=1) as checkpoints:
-      for number in range(1 + repeats * len(KINDS)):
-        kind = KINDS[number % len(KINDS)]
+      for number in range(len(KINDS) * (1 + repeats)):
         checkpoints.wait()
+        kind = KINDS[number % len(KINDS)]
         began = time.perf_counter()
-        for i in range(interval):
+        state = step(state)
+        if kind != "none":
+          _save(checkpoints, number, state, times, wait=kind == "sync")
+        for _ in range(interval - 1):
           state = step(state)
-          if i or kind == "none":
-            continue
-          jax.block_until_ready(state)
-          start = time.perf_counter()
-          jax.block_until_ready(fingerprint(state))
-          prints.append(time.perf_counter() - start)
-          checkpoints.save(number, state, config={}, metrics={})
-          blocked.append(time.perf_counter() - start - prints[-1])
-          if kind == "sync":
-            checkpoints.wait()
-            written.append(time.perf_counter() - start - prints[-1])
         jax.block_until_ready(state)
-        blocks[kind].append(time.perf_counter() - began)
+        times[kind].append(time.perf_counter() - began)
   # The first block of each kind warms up.
-  none, background, sync = (
-    statistics.median(blocks[kind][1:]) for kind in KINDS
-  )
+  median = {k: statistics.median(v[1:]) for k, v in times.items()}
+  none, background, sync = (median[kind] for kind in KINDS)
   return {
     "device": jax.devices()[0].device_kind,
     "megabytes": size / 1e6,
     "step_ms": 1e3 * none / interval,
-    "blocked_ms": 1e3 * statistics.median(blocked[1:]),
-    "fingerprint_ms": 1e3 * statistics.median(prints[1:]),
-    "sync_ms": 1e3 * statistics.median(written[1:]),
+    "blocked_ms": 1e3 * median["blocked"],
+    "fingerprint_ms": 1e3 * median["fingerprint"],
+    "sync_ms": 1e3 * median["written"],
     "async_share": background / none - 1,
     "sync_share": sync / none - 1,
   }
