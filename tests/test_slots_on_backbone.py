@@ -75,8 +75,11 @@ def random_backbone(name, seed=0, **fields):
   return fill(abstract_params(make_vit(name, **fields)), seed)
 
 
-def make_step(config):
-  """The optimiser, what makes a state of an image, and one step."""
+def make_step(config, *, scan=False):
+  """The optimiser, what makes a state of an image, and one step.
+
+  With `scan` one block is traced and compiled for all of the backbone's.
+  """
   rate = optax.constant_schedule(1e-3)
   tx = optim.make_optimizer(
     rate,
@@ -85,20 +88,31 @@ def make_step(config):
     trainable=build_encoder.make_trainable(config),
   )
   model = build.make_model(config)
+  if scan:
+    encoder = model.encoder
+    model = model.clone(encoder=encoder.clone(vit=encoder.vit.clone(scan=True)))
   loss = build.make_loss_fn(config, model)
   step = train_step.make_train_step(loss, tx, schedule=rate, seed=0)
-  return tx, functools.partial(train_state.create, model, tx, seed=0), step
+  return (
+    model,
+    tx,
+    functools.partial(train_state.create, model, tx, seed=0),
+    step,
+  )
 
 
 # ---- shapes -----------------------------------------------------------------
 
 
-def test_the_cityscapes_model_has_shapes_at_full_size():
+@pytest.mark.parametrize(
+  "scan", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_the_cityscapes_model_has_shapes_at_full_size(scan):
   config = cityscapes.get_config()
   config_lib.validate(config)
   side, slots = config.model.image_size, config.model.num_slots
   assert build_encoder.grid_of(config) == (37, 37)
-  _, create, step = make_step(config)
+  model, _, create, step = make_step(config, scan=scan)
   image = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
   state = jax.eval_shape(create, image)
   after, metrics = jax.eval_shape(step, state, {"image": image})
@@ -106,9 +120,7 @@ def test_the_cityscapes_model_has_shapes_at_full_size():
     lambda x: x.shape, state
   )
   assert metrics["loss"].shape == ()
-  seen = jax.eval_shape(
-    train_step.make_eval_step(build.make_model(config)), state.params, image
-  )
+  seen = jax.eval_shape(train_step.make_eval_step(model), state.params, image)
   assert seen.masks.shape == (2, slots, side, side)
   assert seen.slots.slots.shape == (2, slots, 768)
   # ViT-L has 304,367,616 parameters, of which none has moments.
@@ -169,17 +181,21 @@ def test_the_graph_sees_what_load_backbone_gives():
 
 
 @pytest.mark.parametrize(
-  ("name", "side", "last", "tuned"),
+  ("name", "side", "last", "tuned", "scan"),
   [
-    ("dinov2_vits14", 42, 0, set()),
-    ("vit_tiny", 32, 1, {"norm", "block_5"}),
+    ("dinov2_vits14", 42, 0, set(), True),
+    ("vit_tiny", 32, 1, {"norm", "block_5"}, False),
+    pytest.param(
+      *("dinov2_vits14", 42, 2, {"norm", "block_10", "block_11"}, False),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_step_trains_the_slots_and_the_last_blocks_alone(
-  name, side, last, tuned
+  name, side, last, tuned, scan
 ):
   config = small(name, model__image_size=side, model__backbone_trainable=last)
-  tx, create, step = make_step(config)
+  _, tx, create, step = make_step(config, scan=scan)
   image = images(side, side)
   before = fill(jax.eval_shape(create, image).params)
   state = train_state.TrainState(jnp.int32(0), before, tx.init(before))
@@ -215,7 +231,7 @@ def test_tuned_everything_has_the_gradient_of_no_stop():
 
 def test_labels_can_stand_in_for_the_spectral_step():
   config = small(composite__rounds=1)
-  _, create, step = make_step(config)
+  *_, create, step = make_step(config)
   batch = {"image": images(), "labels": np.ones((2, 32, 32), np.uint8)}
   batch |= dict.fromkeys(("exact", "distrust"), np.zeros(2, np.float32))
   state = jax.eval_shape(create, batch["image"])
