@@ -275,7 +275,7 @@ def blank(run):
 def test_a_run_starts_with_the_weights_of_the_file(folder):
   done = random_backbone("dinov2_vits14")
   published = folder / "model.safetensors"
-  safetensors.numpy.save_file(to_torch(flat(done), TO_HUB), published)
+  safetensors.numpy.save_file(to_torch(flat(done), TO_HUB, patch=14), published)
   path = folder / "vits14.safetensors"
   convert.convert_file(str(published), str(path))
   config = run_config(
