@@ -23,7 +23,7 @@ LAYERS = [
     data models losses metrics colours
     panoptic sheet diagnostics
     pseudo_classes visualise
-    optim sharding writers config weights pth
+    optim sharding writers config weights pth command
     train_state checkpoint preemption workdir divergence
     train_step
     objective convert
@@ -32,7 +32,7 @@ LAYERS = [
     run
     segmenter train_loop
     predict reports
-    demo ablation plan benchmarks command __init__
+    demo ablation plan benchmarks __init__
   """.strip().splitlines()
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
