@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from spectraldiffusion_jax import (
-  build,
+  build_spectral,
   evaluate,
   reports,
   segmenter,
@@ -111,7 +111,7 @@ def _score(config, params, batches, mesh, *, free: bool) -> dict:
   params = jax.device_put(params, sharding.replicated(mesh))
   functions = {"trained": functools.partial(step, params)}
   if free:
-    functions["training_free"] = jit(build.make_training_free(config))
+    functions["training_free"] = jit(build_spectral.make_training_free(config))
   found = {
     name: evaluate.evaluate(function, batches, mesh=mesh)
     for name, function in functions.items()
