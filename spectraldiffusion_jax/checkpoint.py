@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -51,6 +52,13 @@ def _leaf_sum(leaf: Array) -> UInt32[Array, ""]:
       jnp.uint32, leaf.shape, axis
     )
   return jnp.sum(bits * (index * np.uint32(2654435762) + np.uint32(1)))
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+  """The whole array, wherever the compiler has left its parts."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -135,7 +143,7 @@ class Checkpoints:
       "step": step,
       "config": json.loads(json.dumps(config)),
       "metrics": dict(metrics),
-      "fingerprint": np.asarray(fingerprint(state)).tolist(),
+      "fingerprint": _on_host(fingerprint(state)).tolist(),
     }
     record["digest"] = _digest(record)
     self._manager.save(
@@ -170,7 +178,7 @@ class Checkpoints:
     state, record = out["state"], out["record"]
     if record.get("digest") != _digest(record):
       raise ValueError("the record's digest does not match its content")
-    if record["fingerprint"] != np.asarray(fingerprint(state)).tolist():
+    if record["fingerprint"] != _on_host(fingerprint(state)).tolist():
       raise ValueError("array content differs from what was saved")
     return state, record
 

@@ -1,5 +1,7 @@
 """One run on any mesh and in two real processes: the same numbers."""
 
+import shutil
+
 import jax
 import numpy as np
 import process_runs
@@ -7,6 +9,7 @@ import pytest
 import toy_scenes
 
 from spectraldiffusion_jax import sharding, train_loop
+from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
 
 STEPS = 6
 TOLERANCE = 1e-5
@@ -99,3 +102,25 @@ def test_thirty_steps_agree_on_every_mesh(data, tmp_path, base):
   )
   assert [code for code, _, _ in done] == [0, 0], done
   assert_same_run(alone, process_runs.logged(tmp_path / "two"), steps)
+
+
+def stopped_at(config_fields, workdir, step):
+  """The run on eight devices, stopped and saved after a step."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(StopRequest, "requested", lambda self, now: now == step)
+    config = process_runs.make_config(config_fields)
+    assert train_loop.train_and_evaluate(config, str(workdir)) == EXIT_CODE
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_eight_devices_goes_on_anywhere(data, alone, tmp_path):
+  stopped_at(fields(data, STEPS, MESHES["2x4x1"]), tmp_path / "eight", 3)
+  for name in ("one", "8x1x1", "two"):
+    folder = tmp_path / name
+    shutil.copytree(tmp_path / "eight", folder)
+    if name == "two":
+      done = process_runs.train(fields(data, STEPS), folder)
+      assert [code for code, _, _ in done] == [0, 0], done
+    else:
+      train_here(fields(data, STEPS), folder, devices=1 if name == "one" else 8)
+    assert_same_run(alone, process_runs.logged(folder), STEPS)
