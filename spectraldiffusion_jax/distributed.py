@@ -71,16 +71,7 @@ def start(
   _check(coordinator, num_processes, process_id)
   if num_processes == 1 and not coordinator:
     return
-  explicit = (
-    dict(
-      coordinator_address=coordinator,
-      num_processes=num_processes,
-      process_id=process_id,
-      cluster_detection_method="deactivate",
-    )
-    if coordinator
-    else {}
-  )
+  explicit = _explicit(coordinator, num_processes, process_id)
   began = time.monotonic()
   try:
     with warnings.catch_warnings():
@@ -110,6 +101,18 @@ def start(
       f"--num_processes={num_processes}, but the cluster has "
       f"{jax.process_count()} processes"
     )
+
+
+def _explicit(coordinator: str, num_processes: int, process_id: int) -> dict:
+  """Arguments of jax.distributed.initialize that leave nothing to detect."""
+  if not coordinator:
+    return {}
+  return dict(
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
+    cluster_detection_method="deactivate",
+  )
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
