@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from spectraldiffusion_jax import distributed
@@ -53,6 +54,13 @@ def _leaf_sum(leaf: Array) -> UInt32[Array, ""]:
       jnp.uint32, leaf.shape, axis
     )
   return jnp.sum(bits * (index * np.uint32(2654435762) + np.uint32(1)))
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+  """The whole array, wherever the compiler has left its parts."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -154,7 +162,7 @@ class Checkpoints:
       "config": json.loads(json.dumps(config)),
       "metrics": dict(metrics),
       "carried": json.loads(json.dumps(carried or {})),
-      "fingerprint": np.asarray(fingerprint(state)).tolist(),
+      "fingerprint": _on_host(fingerprint(state)).tolist(),
     }
     record["digest"] = _digest(record)
     try:
@@ -206,7 +214,7 @@ class Checkpoints:
         f" {__version__} has: use that version, or a new workdir"
       )
     state = self._read(step, state=ocp.args.StandardRestore(abstract_state))
-    if record["fingerprint"] != np.asarray(fingerprint(state)).tolist():
+    if record["fingerprint"] != _on_host(fingerprint(state)).tolist():
       raise ValueError("array content differs from what was saved")
     return state, record
 

@@ -71,31 +71,7 @@ def start(
   _check(coordinator, num_processes, process_id)
   if num_processes == 1 and not coordinator:
     return
-  explicit = (
-    dict(
-      coordinator_address=coordinator,
-      num_processes=num_processes,
-      process_id=process_id,
-      cluster_detection_method="deactivate",
-    )
-    if coordinator
-    else {}
-  )
-  _join(explicit, num_processes, initialization_timeout, heartbeat_timeout)
-  if num_processes not in (0, jax.process_count()):
-    raise UserError(
-      f"--num_processes={num_processes}, but the cluster has "
-      f"{jax.process_count()} processes"
-    )
-
-
-def _join(
-  explicit: dict,
-  num_processes: int,
-  initialization_timeout: int,
-  heartbeat_timeout: int,
-) -> None:
-  """Starts jax.distributed; its failures as UserErrors, see `start`."""
+  explicit = _explicit(coordinator, num_processes, process_id)
   began = time.monotonic()
   try:
     with warnings.catch_warnings():
@@ -120,6 +96,23 @@ def _join(
       f" (--initialization_timeout={initialization_timeout}): "
       f"{str(error).splitlines()[0][:200]}"
     ) from None
+  if num_processes not in (0, jax.process_count()):
+    raise UserError(
+      f"--num_processes={num_processes}, but the cluster has "
+      f"{jax.process_count()} processes"
+    )
+
+
+def _explicit(coordinator: str, num_processes: int, process_id: int) -> dict:
+  """Arguments of jax.distributed.initialize that leave nothing to detect."""
+  if not coordinator:
+    return {}
+  return dict(
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
+    cluster_detection_method="deactivate",
+  )
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:

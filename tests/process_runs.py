@@ -93,8 +93,12 @@ def launch(
   missing: int = 0,
   initialization: int = 200,
   heartbeat: int = HEARTBEAT,
+  extra: tuple = ((), ()),
 ) -> list[subprocess.Popen]:
-  """Starts the processes of one run, all but the last `missing`."""
+  """Starts the processes of one run, all but the last `missing`.
+
+  `extra` holds the flags that each process has on its own.
+  """
   port = free_port()
   environment = os.environ | {
     "PYTHONPATH": str(ROOT),
@@ -110,7 +114,13 @@ def launch(
   ]
   return [
     subprocess.Popen(
-      [sys.executable, *command, *cluster, f"--process_id={index}"],
+      [
+        sys.executable,
+        *command,
+        *cluster,
+        f"--process_id={index}",
+        *extra[index],
+      ],
       cwd=ROOT,
       env=environment,
       stdout=subprocess.PIPE,
@@ -121,7 +131,7 @@ def launch(
   ]
 
 
-def finish(running: list[subprocess.Popen], *, timeout: float = 280) -> list:
+def finish(running: list[subprocess.Popen], *, timeout: float = 290) -> list:
   """(exit code, stdout, stderr) of each; none is left behind."""
   try:
     texts = [process.communicate(timeout=timeout) for process in running]
