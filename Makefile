@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STARTED := $(shell date +%s)
 
-.PHONY: demo test test-all chaos lint clean
+.PHONY: demo test test-all chaos fuzz lint clean
 
 $(VENV)/.base: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test-all: $(VENV)/.test  ## the slow checks as well
 
 chaos: $(VENV)/.test  ## kills and damages tiny runs; see docs/reliability.md
 	$(BIN)/python tests/chaos.py --kills=50
+
+fuzz: $(VENV)/.test  ## 1,500 hostile configs, records, images and weights
+	$(BIN)/python -m pytest tests/test_fuzz.py -s -m ''
 
 lint: $(VENV)/.test
 	$(BIN)/python -m compileall -q spectraldiffusion_jax configs launch tests

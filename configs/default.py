@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
   model.num_slots = 11  # K, background included [guide]
   model.slot_dim = 64  # D, channels of a slot [guide: 768 with ViT-B]
   model.num_iterations = 3  # T, refinement iterations [guide]
-  model.use_spectral_init = True  # False: model.slot_init [guide]
+  model.use_spectral_init = True  # False: random tokens, or slot_init [guide]
   model.use_diffusion_decoder = True  # False: model.decoder [guide]
   model.dinov2_model = ""  # such as dinov2_vitb14; "" = model.encoder [guide]
   model.backbone_weights = ""  # file of launch/convert.py, or random [here]
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
   # Pixels a side of one slot-attention token, or, with a backbone, which has
   # its own, of one token of the training-free colour step [here].
   model.token_stride = 4
-  model.slot_init = "gaussian"  # gaussian | learned, without spectral init
+  model.slot_init = "gaussian"  # gaussian | learned, without spectral or GMM
   model.slot_update = "ssm"  # ssm | gru, the slot update [guide: Mamba slots]
   model.decoder = "broadcast"  # broadcast | patch_mlp | none, without diffusion
   model.decoder_width = 32  # channels of the mixture decoder [here]
@@ -46,16 +46,18 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.scales = (8, 16, 32)  # tokens a side, modes fused, per_scale [guide]
   spectral.k_per_scale = 4  # clusters a scale, mode per_scale [guide]
   spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
-  spectral.use_power_iteration = True  # False: dense eigh [guide]
+  spectral.use_power_iteration = True  # False: dense eigh, unet only [guide]
   spectral.sigma = 0.06  # affinity scale of colours, Lab / 100 [here]
   spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
   spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]
+  spectral.count = "auto"  # auto | threshold | eigengap | fixed [here]
   spectral.merge = 0.07  # smallest boundary contrast kept, Lab / 100 [here]
 
   c.mamba_slot = mamba = ConfigDict()
   mamba.d_state = 64  # S, SSM state width a head [guide]
   mamba.use_gmm_prior = True  # identifiable slots: MAP-EM + prior [guide]
   mamba.use_spatial_fusion = True  # token scan + dilated fusion [guide]
+  mamba.weight_threshold = 0.0  # of 1/K: lighter slots go at inference [here]
   mamba.key_dim = 2  # E, width of the space in which slots compete [here]
 
   c.diffusion = diffusion = ConfigDict()
@@ -108,6 +110,7 @@ def get_config(variant: str = "") -> ConfigDict:
   data.extra_share = 0.3  # of the rows of a batch, if there is one [here]
   data.num_workers = 0  # grain worker processes; 0 = threads only [guide]
   data.num_threads = 8  # grain reader threads [here]
+  data.max_pixels = 64_000_000  # pixels, larger image files are refused [here]
   data.cache = True  # keep decoded training images in memory [here]
   data.augmentation = True  # apply config.augment while training [guide]
   data.crop = (29, 221, 64, 256)  # pixels, rows and columns; () = whole [here]

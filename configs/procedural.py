@@ -55,6 +55,7 @@ def get_config(variant: str = "easy") -> ConfigDict:
     c.model.slot_update = "gru"
     c.model.token_stride = 4
     c.model.decoder = "patch_mlp"
+    c.model.stickiness = 0.0
     c.mamba_slot.use_gmm_prior = False
     c.mamba_slot.use_spatial_fusion = False
   return c.lock()

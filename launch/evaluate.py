@@ -36,6 +36,10 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 CLUSTER = command.define_cluster_flags()
 
+SET = flags.DEFINE_multi_string(
+  "set", [], "Field to change, such as spectral.count=eigengap; repeatable."
+)
+
 
 def main(argv: list[str]) -> int | None:
   """Loads, scores, prints, writes."""
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> int | None:
     dataset=DATASET.value,
     data_root=DATA_ROOT.value,
     batch_size=BATCH_SIZE.value,
+    settings=SET.value,
     output=pathlib.Path(output or f"{workdir.partition('@')[0]}/eval"),
   )
   distributed.together(lambda: evaluate() and 0)

@@ -5,8 +5,10 @@
     --output=out
 
 Writes label maps (NAME_labels.png, ids as they are), coloured masks, overlays
-and one contact sheet. Exit code 0: all done. 1: some image could not be read
-(named, the others are done). 2: a mistake of yours, named in one line.
+and one contact sheet, and nothing outside --output. Of an animation the first
+frame is read. Exit code 0: all done. 1: some image could not be read (named,
+the others are done). 2: a mistake of yours, named in one line; so is a result
+that is there already without --overwrite, before any work is done.
 """
 
 import pathlib
@@ -23,7 +25,7 @@ IMAGES = flags.DEFINE_string("images", None, "Folder, file or quoted glob.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace earlier results.")
 MAX_PIXELS = flags.DEFINE_integer(
-  "max_pixels", 100_000_000, "Largest image that is read, in pixels.", 1
+  "max_pixels", 64_000_000, "Largest image that is read, in pixels.", 1
 )
 
 
@@ -34,8 +36,10 @@ def main(argv: list[str]) -> int:
   images = command.require(IMAGES, "images")
   output = pathlib.Path(command.require(OUTPUT, "output"))
   from spectraldiffusion_jax import predict, segmenter
+  from spectraldiffusion_jax.errors import one_line
 
-  paths = predict.find_images(images)
+  paths = predict.find_images(images, output=output)
+  predict.check_output(paths, output, overwrite=OVERWRITE.value)
   summary = predict.predict(
     segmenter.load(workdir),
     paths,
@@ -44,7 +48,7 @@ def main(argv: list[str]) -> int:
     overwrite=OVERWRITE.value,
   )
   for path, reason in summary.failed:
-    print(f"skipped {path}: {reason}", file=sys.stderr)
+    print(one_line(f"skipped {path}: {reason}"), file=sys.stderr)
   print(
     f"{len(summary.written)} images segmented, {len(summary.failed)} skipped;"
     f" see {output / 'contact_sheet.png'}"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
-from spectraldiffusion_jax.errors import UserError
+from spectraldiffusion_jax.errors import UserError, one_line
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -85,9 +86,19 @@ def require(flag: flags.FlagHolder, name: str) -> Any:
   Raises:
     UserError: the flag is not given or empty.
   """
-  if flag.value is None or flag.value == "":
+  value = flag.value
+  if value is None or value == "":
     raise UserError(f"--{name} is required; --help lists the flags")
-  return flag.value
+  if name == "config" and not isinstance(value, ConfigDict):
+    raise UserError(f"--{name}={_given(name)} holds no config or is no file")
+  return value
+
+
+def _given(name: str) -> str:
+  """The value of a flag as it was typed."""
+  begin = f"--{name}="
+  typed = [a.removeprefix(begin) for a in sys.argv if a.startswith(begin)]
+  return typed[-1] if typed else "?"
 
 
 def no_arguments(argv: list[str]) -> None:
@@ -96,25 +107,29 @@ def no_arguments(argv: list[str]) -> None:
     raise UserError(f"unexpected argument {argv[1]!r}; --help lists the flags")
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(
+  argv: list[str], values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
   try:
-    return flags.FLAGS(argv)
-  # A config flag opens its file and sets fields here, and so fails in as many
+    return values(argv)
+  # A config flag runs its file and sets fields here, and so fails in as many
   # ways as those can.
-  except (
-    flags.Error,
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-  ) as error:
+  except (flags.Error, UserError, AttributeError, KeyError) as error:
     sys.exit(_report(error))
+  except Exception as error:
+    sys.exit(_report(f"{type(error).__name__}: {error}"))
 
 
-def _report(error: Exception) -> int:
+def _without_traceback(message: str) -> str:
+  """ml_collections puts a whole traceback into what it says."""
+  head, found, trace = message.partition("Traceback (most recent call last)")
+  last = trace.strip().rpartition("\n")[2]
+  return f"{head} {last}" if found else message
+
+
+def _report(error: Exception | str) -> int:
   """Prints the error as one line and returns its exit code."""
   message = error.args[0] if isinstance(error, KeyError) else error
-  print("error:", " ".join(str(message).split()), file=sys.stderr)
+  text = one_line(_without_traceback(str(message)))
+  print("error:", text, file=sys.stderr)
   return USER_ERROR

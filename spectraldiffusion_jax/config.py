@@ -6,13 +6,17 @@ which values make sense, and says so in one line that names the field.
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from spectraldiffusion_jax.errors import UserError, choose
-from spectraldiffusion_jax.models.vit_variants import VARIANTS
+from spectraldiffusion_jax.config_kinds import check_kinds, check_present
+from spectraldiffusion_jax.config_ranges import check_ranges
+from spectraldiffusion_jax.errors import UserError
+
+MODEL_SECTIONS = ("model.", "spectral.", "mamba_slot.", "diffusion.")
+"""Sections that say what a trained model is."""
 
 UNET_TILE = 16
 """Image sides are multiples of this many pixels for the U-Net."""
@@ -25,6 +29,7 @@ FREE = (
   "data.num_workers",
   "data.num_threads",
   "data.cache",
+  "data.max_pixels",
   "mesh.",
   "model.backbone_weights",
   "training.remat",
@@ -32,77 +37,10 @@ FREE = (
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs and when it gives up, never what it computes."""
 
-CHOICES = {
-  "model.encoder": ("unet", "cnn", "vit_tiny"),
-  "model.dinov2_model": ("", *VARIANTS),
-  "model.backbone_features": ("tokens", "keys"),
-  "model.slot_init": ("gaussian", "learned"),
-  "model.slot_update": ("ssm", "gru"),
-  "model.decoder": ("broadcast", "patch_mlp", "none"),
-  "model.compute_dtype": ("float32", "bfloat16"),
-  "logging.keep_best": ("val/ari", "val/fg_ari", "val/mbo", "val/miou", ""),
-  "spectral.mode": ("graph", "fused", "per_scale"),
-  "diffusion.denoiser": ("compositional", "cross_attention"),
-  "training.remat": ("none", "dots", "full"),
-}
-
-POSITIVE = (
-  "model.image_size",
-  "model.num_slots",
-  "model.slot_dim",
-  "model.width",
-  "model.num_iterations",
-  "model.token_stride",
-  "model.decoder_width",
-  "spectral.k_per_scale",
-  "spectral.knn_k",
-  "spectral.sigma",
-  "spectral.vote_sigma",
-  "mamba_slot.d_state",
-  "mamba_slot.key_dim",
-  "diffusion.latent_dim",
-  "diffusion.num_timesteps",
-  "diffusion.num_inference_steps",
-  "diffusion.width",
-  "training.batch_size",
-  "training.learning_rate",
-  "training.gradient_accumulation",
-  "logging.log_interval",
-  "logging.val_interval",
-  "logging.save_interval",
-  "logging.keep_last",
-)
-
-NOT_NEGATIVE = (
-  "seed",
-  "model.backbone_size",
-  "model.backbone_trainable",
-  "diffusion.num_tokens",
-  "spectral.merge",
-  "training.num_epochs",
-  "training.num_steps",
-  "training.warmup_epochs",
-  "training.weight_decay",
-  "training.grad_clip",
-  "training.max_skips",
-  "training.max_rollbacks",
-  "training.max_loss_ratio",
-  "data.num_workers",
-  "data.num_threads",
-  "data.max_objects",
-  "logging.keep_every",
-  "logging.image_interval",
-  "composite.rounds",
-  "composite.pastes",
-  "composite.rate",
-  "composite.grey_object",
-  "composite.trust",
-)
-
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Yields ("section.field", value), tuples as lists."""
-  for name in sorted(config):
+  for name in sorted(config, key=str):
     value = config[name]
     if isinstance(value, (Mapping, ConfigDict)):
       yield from flatten(value, f"{prefix}{name}.")
@@ -114,14 +52,9 @@ def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def validate(config: ConfigDict) -> None:
   """Raises a UserError that names the first field that makes no sense."""
   values = dict(flatten(config))
-  for name, choices in CHOICES.items():
-    choose(name, values[name], dict.fromkeys(choices))
-  for name in POSITIVE:
-    if not values[name] > 0:
-      raise UserError(f"{name}={values[name]} has to be greater than 0")
-  for name in (*NOT_NEGATIVE, *(n for n in values if "loss_weights" in n)):
-    if not values[name] >= 0:
-      raise UserError(f"{name}={values[name]} must not be negative")
+  check_present(values, [""])
+  check_kinds(values)
+  check_ranges(values)
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
   if config.model.backbone_scan and config.model.backbone_trainable:
@@ -129,12 +62,40 @@ def validate(config: ConfigDict) -> None:
       "model.backbone_scan=True freezes all blocks alike: it needs "
       "model.backbone_trainable=0"
     )
+  for name in ("mesh.data", "mesh.fsdp", "mesh.model"):
+    if values[name] != -1 and values[name] < 1:
+      raise UserError(f"{name}={values[name]} has to be positive, or -1")
+  if config.model.encoder != "unet" and not config.spectral.use_power_iteration:
+    raise UserError(
+      "spectral.use_power_iteration=False: only the graph of votes has a dense"
+      " form; set model.encoder=unet, or leave it True"
+    )
   _check_tiling(config)
   crop = values["data.crop"]
-  if crop and (len(crop) != 4 or crop[0] >= crop[1] or crop[2] >= crop[3]):
+  if crop and (
+    len(crop) != 4 or not 0 <= crop[0] < crop[1] or not 0 <= crop[2] < crop[3]
+  ):
     raise UserError(
       f"data.crop={tuple(crop)} is not (row, row, column, column), rising"
     )
+
+
+def validate_model(config: ConfigDict, *, also: tuple[str, ...] = ()) -> None:
+  """The same of the sections that say what a trained model is.
+
+  A run of an earlier version may lack fields of the others.
+
+  Args:
+    config: of a workdir.
+    also: sections of which no field may be missing either, such as "data.".
+  """
+  values = dict(flatten(config))
+  check_present(values, (*MODEL_SECTIONS, *also))
+  check_kinds(values)
+  check_ranges(
+    {k: v for k, v in values.items() if k.startswith(MODEL_SECTIONS)}
+  )
+  _check_tiling(config)
 
 
 def _check_tiling(config: ConfigDict) -> None:
@@ -156,6 +117,11 @@ def _check_tiling(config: ConfigDict) -> None:
     raise UserError(
       f"model.token_stride={stride}: the unet encoder has tokens of 2, 4 or 8"
       " pixels"
+    )
+  if model.encoder == "unet" and config.mamba_slot.key_dim < 2:
+    raise UserError(
+      f"mamba_slot.key_dim={config.mamba_slot.key_dim}: the votes of the unet"
+      " encoder take 2"
     )
 
 
@@ -184,20 +150,54 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
       return ConfigDict({k: thaw(v) for k, v in value.items()})
     return tuple(value) if isinstance(value, list) else value
 
-  return thaw(values).lock()
+  if not isinstance(values, Mapping):
+    raise UserError("it is no table of fields")
+  config = thaw(values)
+  check_kinds(dict(flatten(config)))
+  return config.lock()
 
 
 def load(path: pathlib.Path) -> ConfigDict:
   """Reads what `save` wrote.
 
   Raises:
-    UserError: there is no such file, or it is not JSON.
+    UserError: there is no such file, it is not JSON, or no config.
   """
   try:
     return from_dict(json.loads(path.read_text()))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f"workdir: {path} does not exist; give the folder of a training run"
     ) from None
-  except json.JSONDecodeError as error:
-    raise UserError(f"workdir: {path} is not valid JSON ({error})") from None
+  except UserError as error:
+    raise UserError(f"workdir: {path}: {error}") from None
+  except (OSError, RecursionError, TypeError, ValueError) as error:
+    raise UserError(f"workdir: {path} holds no config ({error})") from None
+
+
+def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
+  """A copy of a config with fields set from `section.field=value` texts.
+
+  Raises:
+    UserError: a field does not exist, or its value makes no sense.
+  """
+  values = config.to_dict()
+  for text in settings:
+    name, equals, value = text.partition("=")
+    section, _, field = name.partition(".")
+    old = values[section].get(field) if section in values else None
+    if not equals or old is None or isinstance(old, (tuple, list, Mapping)):
+      raise UserError(f"--set={text}: write section.field=value, one that is")
+    try:
+      values[section][field] = (
+        {"true": True, "false": False}[value.lower()]
+        if isinstance(old, bool)
+        else type(old)(value)
+      )
+    except (KeyError, ValueError):
+      raise UserError(
+        f"--set={text}: {name} is a {type(old).__name__} such as {old}"
+      ) from None
+  changed = from_dict(values)
+  validate(changed)
+  return changed

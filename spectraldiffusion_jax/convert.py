@@ -106,6 +106,8 @@ def flatten_tensors(
     if re.search(_UNUSED, path):
       unused.append(name)
       continue
+    if not array.size:
+      raise UserError(f"{name} is {array.shape}: it holds nothing")
     fused = re.search(r"/([a-z]+(?:\+[a-z]+)+)/", path)
     parts = fused[1].split("+") if fused else [""]
     if fused and (array.ndim == 0 or len(array) % len(parts)):
@@ -129,7 +131,7 @@ def identify(flat: Mapping[str, np.ndarray]) -> str:
     UserError: no vision transformer, or none of the table.
   """
   kernel = flat.get("patch_embed/kernel")
-  if kernel is None or kernel.ndim != 2:
+  if kernel is None or kernel.ndim != 2 or not kernel.size:
     raise UserError(
       "the source is no vision transformer of the DINO family: it has no patch "
       f"embedding; its tensors begin {', '.join(sorted(flat)[:3])}"
@@ -209,6 +211,10 @@ def convert_file(source: str, output: str, *, name: str = "") -> str:
     output: file to write.
     name: as for `convert_tensors`.
   """
+  if pathlib.Path(output).is_dir() or _same_file(source, output):
+    raise UserError(
+      f"--output={output} is a folder or the source itself: give another file"
+    )
   done = convert_tensors(read_source(source), name=name)
   digest = weights.save_weights(output, done.name, done.params)
   leaves = list(traverse_util.flatten_dict(done.params).values())
@@ -217,6 +223,13 @@ def convert_file(source: str, output: str, *, name: str = "") -> str:
     f"{sum(x.size for x in leaves):,} parameters, sha256 {digest}\n"
     f"left out, not needed for features: {', '.join(done.unused) or 'nothing'}"
   )
+
+
+def _same_file(a: str, b: str) -> bool:
+  first, second = pathlib.Path(a).expanduser(), pathlib.Path(b)
+  if first.is_dir():
+    return second.resolve().parent == first.resolve() and second.exists()
+  return first.resolve() == second.resolve()
 
 
 def read_source(source: str) -> dict[str, np.ndarray]:

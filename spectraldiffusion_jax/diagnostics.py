@@ -1,4 +1,4 @@
-"""How well slots bind to objects: four numbers, and what to do about them.
+"""How well slots bind to objects: five numbers, and what to do about them.
 
 The numbers are jnp and run inside the train step; `advice` turns them into
 lines for people, on the host.
@@ -10,11 +10,17 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from spectraldiffusion_jax import losses
+from spectraldiffusion_jax.models.diffusion_decoder import SWAP
+from spectraldiffusion_jax.types import Decoded
+
 COLLAPSED = 0.7  # slot similarity above which slots are copies of each other
 SEPARATE = 0.3  # and below which they are healthy
 UNIFORM = 0.2  # mean max attention below which nothing is bound
 CERTAIN = 0.95  # share of the largest entropy above which likewise
 MASK_IDS = (3, 10)  # healthy number of segments an image
+IGNORED = 0.01  # share of the diffusion loss below which slots count nothing
+LEARNED = 1.0  # diffusion loss below which the decoder has learned something
 
 
 def binding_diagnostics(
@@ -60,12 +66,32 @@ def binding_diagnostics(
   }
 
 
+def bypass(decoded: Decoded) -> dict[str, Float[Array, ""]]:
+  """How much worse the decoder does with the slots of another image.
+
+  Args:
+    decoded: of a decoder in training.
+
+  Returns:
+    `bypass`: loss with swapped slots minus the loss with the own ones; 0 means
+    that the decoder ignores its slots. Nothing for a decoder without a swap.
+  """
+  if decoded.swapped is None:
+    return {}
+  target, own = decoded.target[:, ::SWAP], decoded.prediction[:, ::SWAP]
+  own, other = (
+    losses.diffusion(prediction, target, decoded.weight)
+    for prediction in (own, decoded.swapped)
+  )
+  return {"bypass": other - own}
+
+
 def advice(values: Mapping[str, float]) -> list[str]:
   """Named problems with their remedies; an empty list is a healthy run.
 
   Args:
-    values: any of `binding_diagnostics`' numbers and `loss`; what is missing
-      is not judged.
+    values: any of the numbers of `binding_diagnostics` and `bypass`, `loss`
+      and `diffusion_loss`; what is missing is not judged.
 
   Returns:
     One line a problem: what, the measured and the healthy value, the fields
@@ -95,6 +121,15 @@ def advice(values: Mapping[str, float]) -> list[str]:
       "set model.use_spectral_init=true or raise model.num_iterations and "
       "training.learning_rate"
     )
+  if "bypass" in values and values["diffusion_loss"] < LEARNED:
+    share = values["bypass"] / max(values["diffusion_loss"], 1e-9)
+    if share < IGNORED:
+      lines.append(
+        f"decoder ignores slots: bypass is {share:.3f} of diffusion_loss, "
+        f"healthy above {IGNORED}; raise model.slot_dim or "
+        "model.num_iterations, or save its time with "
+        "model.use_diffusion_decoder=false model.decoder=none"
+      )
   low, high = MASK_IDS
   ids = values.get("mask_ids", low)
   if ids < low:

@@ -75,6 +75,8 @@ class Watch:
     return verdict
 
   def _judge(self, step, metrics, index) -> Verdict:
+    # In every process at once, for the metrics are the same in all.
+    index = multihost_utils.process_allgather(index, tiled=True)
     report = describe(step, metrics, index, layers=self._layers)
     past = self._past
     past["reports"] = [*past["reports"], report]

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Mapping
 
+LONGEST = 4000  # characters of a message; names in files can be megabytes
+
 
 class UserError(ValueError):
   """A mistake its reader can mend: wrong key, value, path, file or shape.
@@ -10,6 +12,17 @@ class UserError(ValueError):
   The message is one line that names the field and the fix. Every command in
   launch/ prints it without a traceback and exits with code 2.
   """
+
+  def __init__(self, message: object):
+    super().__init__(one_line(message))
+
+
+def one_line(message: object) -> str:
+  """One printable line: names out of files may hold line breaks and escapes."""
+  words = " ".join(str(message)[: 2 * LONGEST].split())
+  if len(words) > LONGEST:
+    words = words[:LONGEST] + "..."
+  return "".join(c if c.isprintable() else "?" for c in words)
 
 
 def choose(field: str, name: str, choices: Mapping):

@@ -114,6 +114,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
   first = next(iter(columns.values()))
   lines.append(
     f"{first['num_images']} images, {first['num_objects']} objects, "
+    f"{first['num_segments']} segments of the first, background included, "
     f"{first['num_skipped']} images without objects left out of the means"
   )
   return "\n".join(lines)

@@ -34,14 +34,6 @@ def diffusion(
   return jnp.mean(weight.astype(jnp.float32) * jnp.mean(error**2, axis=axes))
 
 
-def reconstruction(
-  prediction: Float[Array, "B *x"], target: Float[Array, "B *x"]
-) -> Float[Array, ""]:
-  """Mean squared error of the mixture decoder's pixels."""
-  error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-  return jnp.mean(error**2)
-
-
 def gmm_prior(
   mean: Float[Array, "B K E"],
   variance: Float[Array, "B K E"],

@@ -45,6 +45,7 @@ class ImageScores(NamedTuple):
   miou: Float[np.ndarray, " B"]  # mean IoU under one-to-one matching
   overlap_sum: Float[np.ndarray, " B"]  # sum of best overlaps, for mbo_object
   num_objects: Int[np.ndarray, " B"]
+  num_segments: Int[np.ndarray, " B"]  # predicted, the background's included
 
 
 Rows = TypeVar("Rows", bound=tuple)
@@ -214,9 +215,12 @@ def score_images(
       _mean(_matched(iou)),
       math.fsum(best),
     )
-    rows.append((*row, len(iou)) if valid else (*[math.nan] * 5, 0))
-  *scores, count = np.array(rows, float).reshape(-1, 6).T
-  return ImageScores(mask, *scores, count.astype(np.int64))
+    row += len(iou), len(table.pred_ids)
+    rows.append(row if valid else (*[math.nan] * 5, 0, 0))
+  *scores, objects, segments = np.array(rows, float).reshape(-1, 7).T
+  return ImageScores(
+    mask, *scores, objects.astype(np.int64), segments.astype(np.int64)
+  )
 
 
 def merge(parts: Sequence[Rows]) -> Rows:
@@ -234,8 +238,8 @@ def summarise(scores: ImageScores) -> dict[str, float]:
   Returns:
     `fg_ari`, `ari`, `mbo` and `miou`: means over the images that have the
     score; each with `NAME_se`, its standard error; `mbo_object`: mean over
-    all objects of the set; `num_images`; `num_objects`; `num_skipped`: images
-    without a labelled object. NaN where nothing was scored.
+    all objects of the set; `num_images`; `num_objects`; `num_segments`,
+    predicted; `num_skipped`: images without a labelled object. NaN: no score.
   """
   rows = ImageScores(*(field[scores.mask] for field in scores))
   count = int(rows.num_objects.sum())
@@ -248,6 +252,7 @@ def summarise(scores: ImageScores) -> dict[str, float]:
   out["mbo_object"] = math.fsum(rows.overlap_sum) / count if count else math.nan
   out["num_images"] = len(rows.mask)
   out["num_objects"] = count
+  out["num_segments"] = int(rows.num_segments.sum())
   out["num_skipped"] = int((rows.num_objects == 0).sum())
   return out
 

@@ -166,6 +166,8 @@ def make_loss_fn(
     health = diagnostics.binding_diagnostics(
       slots.slots, slots.attention, slots.active
     )
+    if output.decoded is not None:
+      health |= diagnostics.bypass(output.decoded)
     return total, {f"{n}_loss": t for n, t in terms.items()} | health
 
   return loss_fn

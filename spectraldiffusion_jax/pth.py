@@ -1,17 +1,22 @@
 """Reads the tensors of a torch .pth file without torch, running none of it.
 
 A .pth file is a zip of one pickle and the raw storages. A pickle is a program
-that may call anything, so this reader resolves the six names that a state dict
-needs and refuses the file at the first other one, before anything is called.
+that may call anything, so Python's unpickler is not used: the program's steps
+are listed and those that a state dict needs are followed here. They make lists,
+tables, texts, numbers and tensors; the file is refused at the first other one.
+
+The unpickler, even where it calls nothing, can be made to take gigabytes by one
+step (a memo slot of a high number) or for ever by forty (a key of nested pairs,
+whose hash takes twice as long at every level). Here a memo is a table, and keys
+are names.
 """
 
-import collections
-import io
 import math
 import pathlib
-import pickle
+import pickletools
 import zipfile
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -32,67 +37,188 @@ _STORAGES = {
 }
 
 
+_MAX_PROGRAM = 1 << 18
+"""Bytes of a pickle, so that its steps take seconds; the largest published
+model has less than half of it."""
+
+_MAX_NUMBER = 1 << 62
+_MAX_AXES = 32
+
+
 class _Refused(Exception):
-  """The pickle asks for something that a state dict does not need."""
+  """The file asks for something that a state dict does not need."""
 
 
-def _functions() -> dict[tuple[str, str], Any]:
-  """What the pickle may name, made anew for each file.
+class _Name(NamedTuple):
+  """A name of the program; what it means is decided where it is used."""
 
-  A pickle can set attributes of any object it holds: on these throw-away
-  closures that changes nothing for the next file.
-  """
+  module: str
+  name: str
 
-  def rebuild_tensor(storage, offset, size, stride, *unused):
-    # Strides come from the file: check them before numpy follows them.
+
+_TENSOR = _Name("torch._utils", "_rebuild_tensor_v2")
+_PARAMETER = _Name("torch._utils", "_rebuild_parameter")
+_DICT = _Name("collections", "OrderedDict")
+_NAMES = {_TENSOR, _PARAMETER, _DICT, *(_Name("torch", n) for n in _STORAGES)}
+
+_CONSTANTS = {
+  "NONE": lambda: None,
+  "NEWTRUE": lambda: True,
+  "NEWFALSE": lambda: False,
+  "EMPTY_DICT": dict,
+  "EMPTY_LIST": list,
+  "EMPTY_TUPLE": tuple,
+}
+_LITERALS = frozenset(
+  "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING"
+  " SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES"
+  " SHORT_BINBYTES BINBYTES8".split()
+)
+_LAST = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
+_SINCE_MARK = ("TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "POP_MARK")
+
+
+class _Archive:
+  """The storages of a .pth file, and how much may be read and made of it."""
+
+  def __init__(self, archive: zipfile.ZipFile, root: str, size: int):
+    self._archive, self._root = archive, root
+    self._storages = {}
+    self._left = {"read": size, "made": 2 * size}  # bytes
+
+  def read(self, member: str) -> bytes:
+    info = self._archive.getinfo(self._root + member)
+    # torch stores without compression; a compressed member may be a zip bomb.
+    if info.compress_type != zipfile.ZIP_STORED:
+      raise _Refused(f"its member {info.filename} is compressed")
+    self._spend("read", info.file_size)
+    return self._archive.read(info)
+
+  def storage(self, kind: Any, dtype: Any, key: Any, *unused) -> np.ndarray:
+    """The storage of a persistent id; each is read once."""
+    known = isinstance(dtype, _Name) and dtype.name in _STORAGES
+    if kind != "storage" or not known or not isinstance(key, str):
+      raise _Refused("it holds something else than named storages")
+    if (dtype, key) not in self._storages:
+      data = self.read(f"data/{key}")
+      self._storages[dtype, key] = np.frombuffer(data, _STORAGES[dtype.name])
+    return self._storages[dtype, key]
+
+  def tensor(self, storage, offset, size, stride, *unused) -> np.ndarray:
+    """A copy of the part of a storage that a tensor shows."""
+    numbers = (offset, *size, *stride)
+    # All of them come from the file: check before numpy follows them.
+    if len(size) > _MAX_AXES or not all(
+      isinstance(n, int) and 0 <= n < _MAX_NUMBER for n in numbers
+    ):
+      raise _Refused("a tensor reaches outside its storage")
     count = math.prod(size)
     last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     inside = count == 0 or offset + last < storage.size
-    if not inside or count > storage.size or min((offset, *stride, 0)) < 0:
+    if not inside or count > storage.size:
       raise _Refused("a tensor reaches outside its storage")
+    self._spend("made", count * storage.itemsize)
     view = np.lib.stride_tricks.as_strided(
       storage[offset:], size, [s * storage.itemsize for s in stride]
     )
     return view.copy()
 
-  def rebuild_parameter(tensor, *unused):
-    return tensor
-
-  return {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-  }
+  def _spend(self, purse: str, count: int) -> None:
+    self._left[purse] -= count
+    if self._left[purse] < 0:
+      raise _Refused("its tensors are together larger than the file")
 
 
-class _Unpickler(pickle.Unpickler):
-  """Knows dicts and tensors, and nothing else."""
+class _Machine:
+  """Follows the steps of one pickle."""
 
-  def __init__(self, archive: zipfile.ZipFile, root: str):
-    super().__init__(io.BytesIO(_read(archive, f"{root}data.pkl")))
-    self._archive, self._root = archive, root
-    self._known = _functions()
+  def __init__(self, archive: _Archive):
+    self._archive = archive
+    self._stack, self._outer, self._memo = [], [], {}
 
-  def find_class(self, module, name):
-    if module == "torch" and name in _STORAGES:
-      return name  # a string: calling it fails
-    if (module, name) not in self._known:
-      raise _Refused(f"its pickle asks for {module}.{name}")
-    return self._known[module, name]
+  def run(self, program: bytes) -> Any:
+    if len(program) > _MAX_PROGRAM:
+      raise _Refused(f"its pickle is longer than {_MAX_PROGRAM} bytes")
+    for step, argument, _ in pickletools.genops(program):
+      self._take(step.name, argument)
+    return self._stack.pop()
 
-  def persistent_load(self, pid):
-    kind, storage, key, *_ = pid
-    if kind != "storage" or storage not in _STORAGES:
-      raise _Refused(f"it holds {kind!r} {storage!r}")
-    data = _read(self._archive, f"{self._root}data/{key}")
-    return np.frombuffer(data, _STORAGES[storage])
+  def _take(self, step: str, argument: Any) -> None:
+    stack = self._stack
+    if step in _CONSTANTS:
+      stack.append(_CONSTANTS[step]())
+    elif step in _LITERALS:
+      stack.append(argument)
+    elif step in ("PUT", "BINPUT", "LONG_BINPUT"):
+      self._memo[argument] = stack[-1]
+    elif step == "MEMOIZE":
+      self._memo[len(self._memo)] = stack[-1]
+    elif step in ("GET", "BINGET", "LONG_BINGET"):
+      stack.append(self._memo[argument])
+    elif step in ("GLOBAL", "INST"):
+      stack.append(_known(*argument.split(" ", 1)))
+    elif step == "STACK_GLOBAL":
+      name, module = stack.pop(), stack.pop()
+      stack.append(_known(module, name))
+    elif step == "REDUCE":
+      arguments = stack.pop()
+      stack.append(self._call(stack.pop(), *arguments))
+    elif step == "BINPERSID":
+      stack.append(self._archive.storage(*stack.pop()))
+    elif step in ("POP", "BUILD"):  # BUILD sets attributes: none are needed
+      stack.pop()
+    elif step == "MARK":
+      self._outer.append(stack)
+      self._stack = []
+    elif step in _LAST:
+      items = [stack.pop() for _ in range(_LAST[step])]
+      self._gather(step, items[::-1])
+    elif step in _SINCE_MARK:
+      self._stack = self._outer.pop()
+      self._gather(step, stack)
+    elif step not in ("PROTO", "FRAME", "STOP"):
+      raise _Refused(f"its pickle takes the step {step}")
+
+  def _gather(self, step: str, items: list) -> None:
+    """Makes a list, tuple or table of items, or adds them to one."""
+    stack = self._stack
+    if step.startswith("TUPLE"):
+      stack.append(tuple(items))
+    elif step == "LIST":
+      stack.append(items)
+    elif step == "DICT":
+      stack.append(_table(zip(items[::2], items[1::2], strict=True)))
+    elif step.startswith("APPEND"):
+      stack[-1].extend(items)
+    elif step.startswith("SETITEM"):
+      stack[-1].update(_table(zip(items[::2], items[1::2], strict=True)))
+
+  def _call(self, function: Any, *arguments: Any) -> Any:
+    if isinstance(function, _Name):
+      if function == _TENSOR:
+        return self._archive.tensor(*arguments)
+      if function == _PARAMETER:
+        return arguments[0]
+      if function == _DICT:
+        return _table(*arguments)
+    raise _Refused("its pickle calls what is no function")
 
 
-def _read(archive: zipfile.ZipFile, member: str) -> bytes:
-  # torch stores without compression; a compressed member may be a zip bomb.
-  if archive.getinfo(member).compress_type != zipfile.ZIP_STORED:
-    raise _Refused(f"its member {member} is compressed")
-  return archive.read(member)
+def _known(module: Any, name: Any) -> _Name:
+  texts = isinstance(module, str) and isinstance(name, str)
+  if not texts or _Name(module, name) not in _NAMES:
+    asked = f"{module}.{name}" if texts else "something without a name"
+    raise _Refused(f"its pickle asks for {asked}")
+  return _Name(module, name)
+
+
+def _table(pairs: Iterable[tuple[Any, Any]] = ()) -> dict:
+  table = {}
+  for key, value in pairs:
+    if not isinstance(key, (str, int)):
+      raise _Refused("a key is neither a text nor a number")
+    table[key] = value
+  return table
 
 
 def read_pth(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -114,10 +240,11 @@ def read_pth(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       if len(names) != 1:
         raise _Refused("it is a zip file without a data.pkl")
       root = names[0].removesuffix("data.pkl")
+      content = _Archive(archive, root, pathlib.Path(path).stat().st_size)
       if f"{root}byteorder" in archive.namelist():
-        if _read(archive, f"{root}byteorder") != b"little":
+        if content.read("byteorder") != b"little":
           raise _Refused("it was written on a big-endian machine")
-      state = _Unpickler(archive, root).load()
+      state = _Machine(content).run(content.read("data.pkl"))
   except _Refused as error:
     raise UserError(
       f"{path} was refused, and nothing of it run: {error}; save only "

@@ -2,17 +2,19 @@
 
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from spectraldiffusion_jax import (
-  build,
+  build_spectral,
   distributed,
   evaluate,
   segmenter,
   sharding,
 )
+from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.data import pipeline
 from spectraldiffusion_jax.version import __version__
 
@@ -41,6 +43,7 @@ def evaluate_run(
   data_root: str,
   batch_size: int,
   output: pathlib.Path,
+  settings: Sequence[str] = (),
 ) -> dict[str, float]:
   """Scores a run and the training-free step on the same images.
 
@@ -51,15 +54,20 @@ def evaluate_run(
     data_root: folder of data sets, "" for the run's own.
     batch_size: images a step, 0 for the run's own.
     output: folder of DATASET_SPLIT.json, whose content is returned.
+    settings: see `config.override`; fields that change the parameters'
+      shapes cannot be set.
 
   Raises:
     UserError: run, data set or split do not exist.
   """
   model = segmenter.load(workdir)
+  if settings:
+    changed = config_lib.override(model.config, settings)
+    model = segmenter.Segmenter(changed, model.params)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  batches = distributed.first_alone(
-    lambda: _batches(
+  split_batches = distributed.first_alone(
+    lambda: batches(
       model.config,
       dataset,
       split,
@@ -68,30 +76,20 @@ def evaluate_run(
       mesh=mesh,
     )
   )
-  run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
+  run = functools.partial(evaluate.evaluate, batches=split_batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  params = jax.device_put(
-    jax.device_get(model.params), sharding.replicated(mesh)
-  )
+  everywhere = sharding.replicated(mesh)
+  params = jax.device_put(jax.device_get(model.params), everywhere)
   trained = run(functools.partial(jit(model.labels), params))
-  free = run(jit(build.make_training_free(model.config)))
-  print(
-    evaluate.table({"model": trained.summary, "training-free": free.summary})
-  )
-  report = (
-    trained.summary
-    | paired(trained, free)
-    | {
-      **{f"{k}_training_free": free.summary[k] for k in COMPARED},
-      "dataset": dataset,
-      "split": split,
-      "workdir": workdir,
-      "seconds": round(trained.seconds, 3),
-      "version": __version__,
-      "jax": jax.__version__,
-      "device": jax.devices()[0].device_kind,
-    }
-  )
+  free = run(jit(build_spectral.make_training_free(model.config)))
+  columns = {"model": trained.summary, "training-free": free.summary}
+  print(evaluate.table(columns))
+  report = _report(trained, free) | {
+    "dataset": dataset,
+    "split": split,
+    "workdir": workdir,
+    "settings": list(settings),
+  }
   if jax.process_index() == 0:
     path = output / evaluate.report_name(dataset, split)
     evaluate.write_report(path, report)
@@ -99,8 +97,26 @@ def evaluate_run(
   return report
 
 
-def _batches(config, dataset, split, data_root, *, batch_size, mesh):
+def _report(
+  trained: evaluate.Evaluation, free: evaluate.Evaluation
+) -> dict[str, float | str]:
+  """The scores of both, how they differ, and what ran where."""
+  return (
+    trained.summary
+    | paired(trained, free)
+    | {f"{k}_training_free": free.summary[k] for k in COMPARED}
+    | {
+      "seconds": round(trained.seconds, 3),
+      "version": __version__,
+      "jax": jax.__version__,
+      "device": jax.devices()[0].device_kind,
+    }
+  )
+
+
+def batches(config, dataset, split, data_root, *, batch_size, mesh):
   """The split as the run saw its data, in batches the devices can share."""
+  config_lib.validate_model(config, also=("data.",))
   data = config.data
   size = batch_size or config.training.batch_size
   rows = sharding.batch_rows(mesh)
@@ -112,6 +128,7 @@ def _batches(config, dataset, split, data_root, *, batch_size, mesh):
     image_size=config.model.image_size,
     crop=crop_for(dataset, data),
     max_objects=data.max_objects or None,
+    max_pixels=data.max_pixels,
     batch_size=-(-size // rows) * rows,
     num_threads=data.num_threads,
     cache=True,

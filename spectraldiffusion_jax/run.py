@@ -67,6 +67,7 @@ class Run:
       split=split,
       data_root=data.data_root,
       max_objects=data.max_objects or None,
+      max_pixels=data.max_pixels,
     )
 
   def _shape(self) -> dict:

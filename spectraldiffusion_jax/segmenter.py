@@ -115,6 +115,7 @@ def load(source: str | pathlib.Path) -> Segmenter:
   name, _, which = source.partition("@")
   folder = pathlib.Path(name).expanduser().absolute()
   config = config_lib.load(folder / CONFIG_FILE)
+  config_lib.validate_model(config)
   return Segmenter(config, _restore_params(folder, config, which))
 
 
@@ -167,19 +168,25 @@ def save_pretrained(segmenter: Segmenter, folder: pathlib.Path) -> None:
 
 
 def _load_pretrained(name: str) -> Segmenter:
-  folder = PRETRAINED / name
-  if not (folder / CONFIG_FILE).exists():
-    there = sorted(p.name for p in PRETRAINED.glob("*") if p.is_dir())
+  there = {p.name: p for p in PRETRAINED.glob("*") if p.is_dir()}
+  if name not in there:  # and so never a path that leads elsewhere
     raise UserError(
-      f"pretrained:{name} does not exist; there are: {', '.join(there) or '-'}"
+      f"pretrained:{name} does not exist; there are: "
+      f"{', '.join(sorted(there)) or '-'}"
     )
+  folder = there[name]
   config = config_lib.load(folder / CONFIG_FILE)
+  config_lib.validate_model(config)
   wanted = traverse_util.flatten_dict(
     build.abstract_state(config).params, sep="/"
   )
-  with np.load(folder / "params.npz", allow_pickle=False) as stored:
-    if set(stored.files) != set(wanted):
+  try:
+    with np.load(folder / "params.npz", allow_pickle=False) as stored:
       names = sorted(set(stored.files) ^ set(wanted))
-      raise UserError(f"pretrained:{name} does not fit its config: {names[0]}")
-    flat = {key: np.float32(stored[key]) for key in stored.files}
+      flat = {key: np.float32(stored[key]) for key in wanted.keys() - names}
+  except Exception as error:  # numpy and zipfile raise many kinds
+    raise UserError(f"pretrained:{name} is damaged ({error})") from None
+  names += [k for k in flat if flat[k].shape != wanted[k].shape]
+  if names:
+    raise UserError(f"pretrained:{name} does not fit its config: {names[0]}")
   return Segmenter(config, traverse_util.unflatten_dict(flat, sep="/"))

@@ -19,6 +19,7 @@ from spectraldiffusion_jax import (
   diagnostics,
   distributed,
   divergence,
+  replicas,
   rounds,
   sharding,
   train_state,
@@ -270,6 +271,7 @@ class _Loop:
     validated: bool = False,
     planned: bool = True,
   ) -> None:
+    replicas.check(state)
     self.writer.flush()
     self.checkpoints.save(
       step,

@@ -40,7 +40,7 @@ def no_history() -> Float[Array, "2 window"]:
   return jnp.full((2, WINDOW), jnp.nan)
 
 
-def stream_keys(seed: int, step: Array | int) -> dict[str, Array]:
+def stream_keys(seed: Array | int, step: Array | int) -> dict[str, Array]:
   """One typed key for each name in STREAMS, folded with seed and step."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   return {name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)}
@@ -50,7 +50,7 @@ def create(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   image: Float[Array, "B H W 3"],
-  seed: int,
+  seed: Array | int,
 ) -> TrainState:
   """A new state; `image` gives shapes only. Call under jit or eval_shape."""
   # Given labels stand in for the spectral step, which has no parameters.

@@ -63,6 +63,7 @@ class Decoded(struct.PyTreeNode):
   prediction: Array  # [B ... C] reconstruction or denoised latents
   target: Array  # like prediction
   weight: Array  # [B] loss weight of each example (1 for pixels)
+  swapped: Array | None = None  # some tokens, from another image's slots
 
 
 class ModelOutput(struct.PyTreeNode):

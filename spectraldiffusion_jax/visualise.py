@@ -241,5 +241,9 @@ def _write(path, image: Image.Image) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.partial")
-  image.save(partial, format="png")
-  os.replace(partial, path)
+  partial.unlink(missing_ok=True)  # what is there may be a link elsewhere
+  try:
+    image.save(partial, format="png")
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)

@@ -11,6 +11,10 @@ from flax import traverse_util
 from spectraldiffusion_jax.errors import UserError
 
 FORMAT = "spectraldiffusion_jax vit 1"
+MAX_HEADER = 1 << 20
+"""Bytes of the names and shapes in a safetensors file; the largest published
+model has a tenth of it. The format itself allows 100 MB of empty tensors."""
+MAX_NAME = 512  # characters of a tensor's name
 
 
 def file_kind(path: str | pathlib.Path) -> str:
@@ -20,10 +24,13 @@ def file_kind(path: str | pathlib.Path) -> str:
     UserError: it is neither; what it looks like instead is in the message.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"no weights file at {path}: check the path")
-  with path.open("rb") as file:
-    head = file.read(512)
+  try:
+    if not path.is_file():
+      raise UserError(f"no weights file at {path}: check the path")
+    with path.open("rb") as file:
+      head = file.read(512)
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}") from None
   text = head.lstrip().lower()
   if head.startswith(b"PK\x03\x04"):
     return "pth"
@@ -55,10 +62,16 @@ def read_safetensors(
   """
   safetensors = _import_safetensors()
   try:
+    with open(path, "rb") as file:
+      header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER:
+      raise ValueError(f"a header of {header} bytes")
     with safetensors.safe_open(path, framework="np") as file:
       metadata = file.metadata() or {}
+      if max(map(len, file.keys()), default=0) > MAX_NAME:
+        raise ValueError(f"a name of more than {MAX_NAME} characters")
       return {name: file.get_tensor(name) for name in file.keys()}, metadata
-  except (safetensors.SafetensorError, OSError, TypeError) as error:
+  except Exception as error:  # its own kind, and numpy's for unknown types
     raise UserError(
       f"{path} is truncated or damaged ({str(error)[:80]}): download it again"
     ) from None
@@ -95,10 +108,13 @@ def save_weights(path: str | pathlib.Path, name: str, params: Mapping) -> str:
   }
   digest = checksum(name, flat)
   metadata = {"format": FORMAT, "name": name, "sha256": digest}
-  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
-  safetensors.numpy.save_file(flat, partial, metadata=metadata)
-  os.replace(partial, path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(flat, partial, metadata=metadata)
+    os.replace(partial, path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f"{path} cannot be written: {error}") from None
   return digest
 
 
@@ -120,7 +136,19 @@ def load_weights(path: str | pathlib.Path) -> tuple[str, dict]:
   name = metadata.get("name", "")
   if checksum(name, flat) != metadata.get("sha256"):
     raise UserError(f"{path} fails its checksum: convert or copy it again")
+  folders = {key[:at] for key in flat for at in _slashes(key)}
+  wrong = sorted(folders & flat.keys()) + [
+    key for key, array in flat.items() if array.dtype != np.float32
+  ]
+  if wrong:
+    raise UserError(
+      f"{path}: {wrong[0]} is no float32 tensor: convert it again"
+    )
   return name, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _slashes(key: str) -> list[int]:
+  return [at for at, letter in enumerate(key) if letter == "/"]
 
 
 def _import_safetensors():

@@ -20,11 +20,12 @@ def field(*shape, seed=0):
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_kth_largest_counts_ties(k):
-  values = RANDOM.integers(0, 4, (20, 7)).astype(np.float32)
-  want = np.sort(values, axis=1)[:, -k]
-  got = graphs.kth_largest(jnp.asarray(values), k=k)
-  np.testing.assert_array_equal(got, want)
+def test_top_k_equals_a_sort(k):
+  values = RANDOM.standard_normal((20, 7)).astype(np.float32)
+  value, column = jax.jit(lambda v: graphs.top_k(v, k=k))(values)
+  want = np.argsort(-values, axis=1)[:, :k]
+  np.testing.assert_array_equal(column, want)
+  np.testing.assert_array_equal(value, np.take_along_axis(values, want, 1))
 
 
 def test_squared_distance_survives_a_large_common_offset():
@@ -151,14 +152,70 @@ def test_cosine_graph_is_not_psd():
   assert np.linalg.eigvalsh(weight)[0] < -0.1
 
 
-def test_landmark_factor_takes_the_nearest_and_skips_itself():
-  tokens = graphs.unit_rows(field(20, 4))
-  find = jax.jit(lambda t: landmarks.landmark_factor(t, t, nearest=3))
-  factor = np.asarray(find(tokens))
-  assert ((factor > 0).sum(1) == 3).all() and (np.diag(factor) == 0).all()
-  find = jax.jit(lambda t: landmarks.landmark_factor(t, t + 0, nearest=3))
-  factor = np.asarray(find(tokens))
-  assert (np.diag(factor) > 0).all()
+def factor_of(part):
+  """The dense N x M factor of a scale."""
+  return np.asarray(part.expand(jnp.eye(part.total.shape[0])), np.float64)
+
+
+def test_landmark_factors_equal_a_loop_and_tokens_skip_themselves():
+  features = field(4, 6, 5)
+  graph = jax.jit(
+    lambda f: landmarks.fused_graph(f, scales=(2, 4), nearest=3, knn_k=7)
+  )(features)
+  x = np.asarray(features, np.float64).reshape(24, 5)
+  x -= x.mean(0)
+  x /= np.linalg.norm(x, axis=1, keepdims=True)
+  pooled = x.reshape(2, 2, 3, 2, 5).mean((1, 3)).reshape(6, 5)
+  pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+  for part, anchors, k in zip(graph.parts, (pooled, x), (3, 7), strict=True):
+    cosine = x @ anchors.T
+    if anchors is x:
+      np.fill_diagonal(cosine, -np.inf)
+    share = np.zeros_like(cosine)
+    for n, row in enumerate(cosine):
+      best = np.argsort(-row)[:k]
+      share[n, best] = np.exp((row[best] - 1) / 0.1)
+    share /= share.sum(1, keepdims=True)
+    mass = share.sum(0)
+    want = share / np.sqrt(np.where(mass > 0, mass, 1)) / np.sqrt(2)
+    np.testing.assert_allclose(factor_of(part), want, atol=1e-4)
+    np.testing.assert_allclose(part.total, want.sum(0), atol=1e-4)
+
+
+def test_compressed_tokens_keep_products_inside_the_span_of_the_pooled():
+  # 40 directions, fewer than the 64 pooled tokens: nothing lies outside.
+  random = np.random.default_rng(0)
+  basis = random.standard_normal((40, 300))
+  flat = random.standard_normal((256, 40)) @ basis
+  tokens = graphs.unit_rows(jnp.asarray(flat, jnp.float32))
+  short = jax.jit(lambda t: landmarks.compressed(t, grid=(16, 16)))(tokens)
+  assert short.shape == (256, 64)
+  np.testing.assert_allclose(short @ short.T, tokens @ tokens.T, atol=0.02)
+  # Negative control: white noise in 300 dimensions does lie outside.
+  noise = graphs.unit_rows(field(256, 300))
+  short = landmarks.compressed(noise, grid=(16, 16))
+  assert float(jnp.abs(short @ short.T - noise @ noise.T).max()) > 0.2
+
+
+def test_searching_among_the_parts_of_near_cells_finds_most_neighbours(
+  monkeypatch,
+):
+  # Smooth features, as those of a network: near cells have near parts.
+  place = np.stack(np.indices((16, 16)), -1).reshape(256, 2) / 16
+  wave = np.random.default_rng(0).standard_normal((2, 12)) * 5
+  features = jnp.asarray(np.sin(place @ wave).reshape(16, 16, 12), jnp.float32)
+
+  def finest(beam):
+    build = jax.jit(
+      lambda f: landmarks.fused_graph(f, scales=(8, 16), knn_k=8, beam=beam)
+    )
+    return factor_of(build(features).parts[-1]) > 0
+
+  monkeypatch.setattr(landmarks, "MAX_DIRECT", 64)
+  exact, found, narrow = finest(None), finest(5), finest(2)
+  assert (exact.sum(1) == 8).all() and not np.diag(found).any()
+  assert (found & exact).sum() > 0.9 * exact.sum()
+  assert (narrow & exact).sum() < (found & exact).sum()
 
 
 def test_scale_grids_keep_aspect_and_drop_duplicates():

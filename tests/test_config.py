@@ -13,6 +13,7 @@ from configs import (
   procedural,
 )
 from spectraldiffusion_jax import config as config_lib
+from spectraldiffusion_jax import segmenter
 from spectraldiffusion_jax.errors import UserError
 
 
@@ -58,6 +59,13 @@ def test_a_wrong_value_is_named_in_one_line(name, value, words):
   assert "\n" not in str(error.value)
 
 
+def test_dense_eigenvectors_are_for_the_graph_of_votes_alone():
+  config = procedural.get_config("baseline").copy_and_resolve_references()
+  config.spectral.use_power_iteration = False
+  with pytest.raises(UserError, match="use_power_iteration=False"):
+    config_lib.validate(config)
+
+
 def test_a_run_of_no_steps_is_refused():
   config = changed("training.num_epochs", 0)
   with pytest.raises(UserError, match="both 0"):
@@ -97,3 +105,34 @@ def test_a_workdir_without_a_readable_config_is_refused(tmp_path, text):
 def test_an_unknown_variant_is_refused(module):
   with pytest.raises(ValueError, match="no variant 'nonsense'"):
     module.get_config("nonsense")
+
+
+def test_the_published_checkpoint_lacks_no_field():
+  loaded = config_lib.load(segmenter.PRETRAINED / "clevr" / "config.json")
+  names = {name for name, _ in config_lib.flatten(default.get_config())}
+  assert {name for name, _ in config_lib.flatten(loaded)} == names
+
+
+def test_fields_are_set_by_name_and_type():
+  config = config_lib.override(
+    default.get_config(),
+    ["spectral.count=eigengap", "model.num_slots=7", "data.cache=false"],
+  )
+  assert config.spectral.count == "eigengap" and config.model.num_slots == 7
+  assert config.data.cache is False
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("spectral.count", "section.field=value"),
+    ("spectral.cuont=fixed", "section.field=value"),
+    ("spectral.scales=8", "section.field=value"),
+    ("model.num_slots=many", "model.num_slots is a int"),
+    ("data.cache=1", "data.cache is a bool"),
+    ("spectral.count=all", "spectral.count"),
+  ],
+)
+def test_a_wrong_setting_is_refused(text, words):
+  with pytest.raises(UserError, match=words):
+    config_lib.override(default.get_config(), [text])

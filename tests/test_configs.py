@@ -44,9 +44,9 @@ def test_one_step(name, variant):
     config.model.num_iterations, config.mamba_slot.d_state = 1, 4
     config.diffusion.width = 8
     if config.model.dinov2_model:
-      # The published sizes are checked by shape and with ViT-S in
-      # test_slots_on_backbone.py.
+      # test_slots_on_backbone.py has the published sizes.
       config.model.dinov2_model, config.model.backbone_size = "vit_tiny", 0
+      config.model.token_stride, config.diffusion.num_tokens = 4, 4
   sections = ("model", "spectral", "mamba_slot", "diffusion", "composite")
   step_once(
     json.dumps(

@@ -21,13 +21,15 @@ LAYERS = [
     types errors version
     ops
     data models losses metrics colours
-    panoptic sheet diagnostics
+    panoptic sheet diagnostics config_kinds config_ranges
     pseudo_classes visualise
-    optim sharding writers config weights pth prefetch retention distributed
+    optim sharding writers config weights pth prefetch retention
+    distributed replicas
     train_state checkpoint preemption workdir divergence ledger
     train_step
     objective convert build_encoder
     backbone
+    build_spectral
     evaluate build
     rounds
     program
@@ -35,7 +37,8 @@ LAYERS = [
     segmenter resume
     train_loop
     predict reports
-    demo ablation plan benchmarks command __init__
+    command
+    demo ablation plan benchmarks __init__
   """.strip().splitlines()
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default, procedural
-from spectraldiffusion_jax import build, evaluate
+from spectraldiffusion_jax import build, build_spectral, evaluate
 from spectraldiffusion_jax.models import model as model_lib
 from spectraldiffusion_jax.train_state import stream_keys
 
@@ -58,6 +58,10 @@ def segment(model, params, image):
 ARCHITECTURES = {
   "full": ("easy", {}),
   "baseline": ("baseline", {}),
+  "random starts of Gaussian slots": (
+    "easy",
+    dict(model__use_spectral_init=False),
+  ),
   "colour graph and GMM, mixture decoder": (
     "easy",
     dict(
@@ -193,3 +197,21 @@ def test_field_of_a_mirror_image_is_the_mirrored_field(mirror):
   other = segment(model, params, images()[:, :, ::-1]).field[:, :, ::-1]
   other = other * np.float32([1, 1, -1])
   assert np.allclose(field, other, atol=1e-5) == mirror
+
+
+def test_the_config_says_how_slots_are_counted():
+  features = np.zeros((1, 8, 8, 3), np.float32)
+  features[0, 1:4, 1:4] = features[0, 5:8, 5:8] = [1.0, 2.0, 2.0]
+  features[0, 5:8, 5:8, 1:] = 5.0
+
+  def slots(count):
+    run = build_spectral.make_partition(small(spectral__count=count))
+    return int(jax.jit(run)(features)[1].sum())
+
+  assert slots("auto") == slots("threshold") == 3 and slots("fixed") == 5
+
+
+def test_light_slots_are_dropped_at_inference_alone():
+  model, params = built(mamba_slot__weight_threshold=100.0)
+  active = segment(model, params, images()).slots.active
+  assert (active.sum(1) <= 2).all() and active[:, 0].all()

@@ -92,7 +92,8 @@ def test_every_array_of_every_config_has_a_rule():
     cityscapes.get_config(),
   ):
     config = config.unlock()
-    config.training.batch_size, config.model.backbone_scan = 8, True
+    config.training.batch_size, config.model.backbone_scan = 16, True
+    config.model.dinov2_model = config.model.dinov2_model and "dinov2_vits14"
     program = Program(config.lock(), mesh, optim.Length(1, 10, 0, 1))
     assert sharding.notes(program.abstract_state) == []
 

@@ -16,6 +16,7 @@ from configs import cityscapes, clevr
 from spectraldiffusion_jax import (
   build,
   build_encoder,
+  build_spectral,
   checkpoint,
   convert,
   optim,
@@ -75,8 +76,11 @@ def random_backbone(name, seed=0, **fields):
   return fill(abstract_params(make_vit(name, **fields)), seed)
 
 
-def make_step(config):
-  """The optimiser, what makes a state of an image, and one step."""
+def make_step(config, **fields):
+  """The model, its optimiser, what makes a state of an image, and one step.
+
+  `fields` replace those of the backbone: scan=True traces one block for all.
+  """
   rate = optax.constant_schedule(1e-3)
   tx = optim.make_optimizer(
     rate,
@@ -85,20 +89,31 @@ def make_step(config):
     trainable=build_encoder.make_trainable(config),
   )
   model = build.make_model(config)
+  if fields:
+    vit = model.encoder.vit.clone(**fields)
+    model = model.clone(encoder=model.encoder.clone(vit=vit))
   loss = build.make_loss_fn(config, model)
   step = train_step.make_train_step(loss, tx, schedule=rate, seed=0)
-  return tx, functools.partial(train_state.create, model, tx, seed=0), step
+  return (
+    model,
+    tx,
+    functools.partial(train_state.create, model, tx, seed=0),
+    step,
+  )
 
 
 # ---- shapes -----------------------------------------------------------------
 
 
-def test_the_cityscapes_model_has_shapes_at_full_size():
+@pytest.mark.parametrize(
+  "scan", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_the_cityscapes_model_has_shapes_at_full_size(scan):
   config = cityscapes.get_config()
   config_lib.validate(config)
   side, slots = config.model.image_size, config.model.num_slots
   assert build_encoder.grid_of(config) == (37, 37)
-  _, create, step = make_step(config)
+  model, _, create, step = make_step(config, scan=scan)
   image = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
   state = jax.eval_shape(create, image)
   after, metrics = jax.eval_shape(step, state, {"image": image})
@@ -106,9 +121,7 @@ def test_the_cityscapes_model_has_shapes_at_full_size():
     lambda x: x.shape, state
   )
   assert metrics["loss"].shape == ()
-  seen = jax.eval_shape(
-    train_step.make_eval_step(build.make_model(config)), state.params, image
-  )
+  seen = jax.eval_shape(train_step.make_eval_step(model), state.params, image)
   assert seen.masks.shape == (2, slots, side, side)
   assert seen.slots.slots.shape == (2, slots, 768)
   # ViT-L has 304,367,616 parameters, of which none has moments.
@@ -129,7 +142,7 @@ def test_every_mode_tells_two_kinds_of_tokens_apart(mode):
   tokens = kinds[side] + 0.1 * rng.normal(size=(6, 9, 32))
   tokens = tokens - tokens.mean((0, 1))
   tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
-  run = jax.jit(build.make_partition(config))
+  run = jax.jit(build_spectral.make_partition(config))
   share, active = run(jnp.float32(tokens[None]))
   label = np.asarray(share)[0].argmax(0).reshape(6, 9)
   assert active.shape == (1, 4) and active[0].sum() >= 2
@@ -169,17 +182,27 @@ def test_the_graph_sees_what_load_backbone_gives():
 
 
 @pytest.mark.parametrize(
-  ("name", "side", "last", "tuned"),
+  ("name", "side", "last", "tuned", "fields"),
   [
-    ("dinov2_vits14", 42, 0, set()),
-    ("vit_tiny", 32, 1, {"norm", "block_5"}),
+    ("dinov2_vits14", 42, 0, set(), {"scan": True}),
+    ("vit_tiny", 32, 1, {"norm", "block_1"}, {"depth": 2}),
+    pytest.param(
+      *("dinov2_vits14", 42, 2, {"norm", "block_10", "block_11"}, {}),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_step_trains_the_slots_and_the_last_blocks_alone(
-  name, side, last, tuned
+  name, side, last, tuned, fields
 ):
-  config = small(name, model__image_size=side, model__backbone_trainable=last)
-  tx, create, step = make_step(config)
+  config = small(
+    name,
+    model__image_size=side,
+    model__backbone_trainable=last,
+    model__slot_update="gru",
+    mamba_slot__use_spatial_fusion=False,
+  )
+  _, tx, create, step = make_step(config, **fields)
   image = images(side, side)
   before = fill(jax.eval_shape(create, image).params)
   state = train_state.TrainState(jnp.int32(0), before, tx.init(before))
@@ -215,7 +238,7 @@ def test_tuned_everything_has_the_gradient_of_no_stop():
 
 def test_labels_can_stand_in_for_the_spectral_step():
   config = small(composite__rounds=1)
-  _, create, step = make_step(config)
+  *_, create, step = make_step(config)
   batch = {"image": images(), "labels": np.ones((2, 32, 32), np.uint8)}
   batch |= dict.fromkeys(("exact", "distrust"), np.zeros(2, np.float32))
   state = jax.eval_shape(create, batch["image"])
@@ -259,7 +282,7 @@ def blank(run):
 def test_a_run_starts_with_the_weights_of_the_file(folder):
   done = random_backbone("dinov2_vits14")
   published = folder / "model.safetensors"
-  safetensors.numpy.save_file(to_torch(flat(done), TO_HUB), published)
+  safetensors.numpy.save_file(to_torch(flat(done), TO_HUB, patch=14), published)
   path = folder / "vits14.safetensors"
   convert.convert_file(str(published), str(path))
   config = run_config(
@@ -276,15 +299,30 @@ def test_a_run_starts_with_the_weights_of_the_file(folder):
   )
 
 
-def test_a_frozen_state_comes_back_from_its_checkpoint(folder):
-  config = run_config(folder)
-  state = jax.tree.map(lambda x: x + 1, blank(Run(config)))
-  with checkpoint.Checkpoints(folder) as checkpoints:
+def test_a_frozen_state_comes_back_from_its_checkpoint(tmp_path):
+  layer = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+  params = {"encoder": {"vit": {"block_0": layer, "cls": jnp.ones(2)}}}
+  params |= {"to_keys": jax.tree.map(lambda x: 2 * x, layer)}
+  tx = optim.make_optimizer(
+    optax.constant_schedule(1e-3),
+    weight_decay=0.01,
+    grad_clip=1.0,
+    trainable=build_encoder.make_trainable(small()),
+  )
+  state = train_state.TrainState(jnp.int32(0), params, tx.init(params))
+  state = jax.tree.map(lambda x: x + 1, state)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(0, state, config={}, metrics={})
-  with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-    restored, _ = checkpoints.restore_latest(build.abstract_state(config))
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+    restored, _ = checkpoints.restore_latest(
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        state,
+      )
+    )
   jax.tree.map(np.testing.assert_array_equal, state, restored)
-  assert len(jax.tree.leaves(restored.opt_state)) > 2
+  moments = [x for x in jax.tree.leaves(restored.opt_state) if x.ndim]
+  assert [x.shape for x in moments] == [(3,), (2, 3)] * 2  # of to_keys alone
 
 
 @pytest.mark.parametrize(
@@ -321,6 +359,7 @@ def test_a_data_set_that_is_not_there_is_one_line(tmp_path):
   config = cityscapes.get_config().copy_and_resolve_references()
   with config.unlocked():
     config.data.data_root = str(tmp_path)
+    config.training.batch_size = 16  # for the tests' eight devices
     config.model.backbone_weights = "random"
   with pytest.raises(UserError, match="'cityscapes' is not prepared") as error:
     train_loop.train_and_evaluate(config, str(tmp_path / "run"))

@@ -9,7 +9,7 @@ import pytest
 import toy_scenes
 from PIL import Image
 
-from spectraldiffusion_jax.data import sources
+from spectraldiffusion_jax.data import prepared, sources
 from spectraldiffusion_jax.errors import UserError
 
 
@@ -86,7 +86,7 @@ def test_counts_without_the_feature_come_from_the_segmentation(root):
 
 
 def test_counting_decodes_no_image(root, monkeypatch):
-  monkeypatch.setattr(sources, "_decode_image", None)
+  monkeypatch.setattr(sources, "read_rgb", None)
   shutil.rmtree(root / "copy", ignore_errors=True)
   shutil.copytree(root / "toy_scenes" / "1.0.0", root / "copy" / "1.0.0")
   for counts in (root / "copy" / "1.0.0").glob("*.npy"):
@@ -110,7 +110,7 @@ def test_the_newest_version_is_opened(root, tmp_path):
     shutil.copytree(
       root / "toy_scenes" / "1.0.0", tmp_path / "toy_scenes" / version
     )
-  folder = sources._prepared_folder("toy_scenes", tmp_path)
+  folder = prepared.folder_of("toy_scenes", tmp_path)
   assert folder.name == "1.10.0"
 
 
@@ -182,5 +182,5 @@ def test_a_bad_folder_of_images(images):
     sources.load("images", "train", data_root=images / "empty")
   (images / "a.png").write_bytes(b"\x89PNG broken")
   source = sources.load("images", "train", data_root=images)
-  with pytest.raises(UserError, match="a.png is no readable image"):
+  with pytest.raises(UserError, match="a.png is no image of PNG"):
     source[0]

@@ -11,7 +11,13 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 
-from spectraldiffusion_jax.ops import affinity, graph, landmarks, spectral
+from spectraldiffusion_jax.ops import (
+  affinity,
+  clustering,
+  graph,
+  landmarks,
+  spectral,
+)
 
 SIZE, WANTED, BLOCK = 24, 3, 5
 
@@ -261,12 +267,12 @@ def test_counts_find_blocks_and_components():
       ).value
     )
   )
-  assert int(spectral.eigengap_count(find(joined))) == 4
-  assert int(spectral.count_above(find(apart), threshold=0.999)) == 4
-  assert int(spectral.count_above(find(joined), threshold=0.999)) == 2
-  assert int(spectral.count_above(jnp.array([1.0]), threshold=0.9)) == 1
+  assert int(clustering.eigengap_count(find(joined))) == 4
+  assert int(clustering.count_above(find(apart), threshold=0.999)) == 4
+  assert int(clustering.count_above(find(joined), threshold=0.999)) == 2
+  assert int(clustering.count_above(jnp.array([1.0]), threshold=0.9)) == 1
   falling = jnp.array([1.0, 0.2, 0.1, 0.0])
-  assert int(spectral.eigengap_count(falling)) == 2  # never one cluster
+  assert int(clustering.eigengap_count(falling)) == 2  # never one cluster
 
 
 def test_more_pairs_than_tokens_are_padded_with_zeros():
@@ -295,3 +301,36 @@ def test_a_stray_pair_takes_no_place_among_the_leading_pairs():
   found, bare = np.asarray(values(0.03)), np.asarray(values(1e-7))
   assert np.isfinite(found).all() and (found > 0.5).sum() == 4
   assert (bare > 0.5).sum() == 5
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (8, 20), (3, 3), (1, 1)])
+def test_fused_graphs_start_from_their_coarsest_scale(grid):
+  """Few or no rounds, yet eigh's values; and what a random start lacks."""
+  features = jax.random.normal(jax.random.key(0), (*grid, 6))
+  size = grid[0] * grid[1]
+  count = min(6, size)
+
+  @jax.jit
+  def solve(features):
+    store = landmarks.fused_graph(features, scales=(4, 8))
+    pairs = spectral.graph_eigenpairs(
+      store, count=count, rounds=12, tolerance=1e-4
+    )
+    return store.matvec(jnp.eye(size)), pairs.value
+
+  whole, value = solve(features)
+  want = np.linalg.eigvalsh(normalised(whole))[::-1][:count]
+  np.testing.assert_allclose(value, want, atol=1e-4)
+
+
+def test_the_tolerance_stops_the_rounds():
+  matvec, lead = spectral.normalised_operator(graph.DenseGraph(separable()[0]))
+  worst = {}
+  for tolerance in (0.5, 1e-3):
+    pairs = jax.jit(
+      lambda t: spectral.leading_eigenpairs(
+        matvec, lead, count=5, rounds=20, degree=2, tolerance=t
+      )
+    )(tolerance)
+    worst[tolerance] = float(spectral.residuals(matvec, pairs)[:4].max())
+  assert worst[1e-3] <= 1.1e-3 < worst[0.5] <= 0.51

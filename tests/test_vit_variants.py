@@ -66,3 +66,6 @@ def test_tunable_mask():
   assert not any(jax.tree.leaves(mask["block_10"]))
   with pytest.raises(UserError, match="scan=False"):
     tunable_mask({"blocks": {}}, last_blocks=1)
+  stacked = {"blocks": {"kernel": 1}, "cls": 2}
+  frozen = {"blocks": {"kernel": False}, "cls": False}
+  assert tunable_mask(stacked, last_blocks=0) == frozen

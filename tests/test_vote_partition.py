@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.ops import vote_partition as vp
 
 GRID, SLOTS = (16, 20), 8
@@ -110,3 +111,46 @@ def test_a_large_foreground_is_thinned_not_cut_off():
   assert int(part.count) == 5
   shares = np.asarray(part.assignment)[truth.ravel() > 0, 1:].sum(1) > 0
   assert 0 < shares.sum() <= 40
+
+
+def test_dense_eigenvectors_give_the_same_partition(found):
+  scenes, iterated = found
+  dense = jax.jit(
+    lambda f: vp.vote_partition(f, num_slots=SLOTS, sigma=0.3, dense=True)
+  )
+  for i in (0, 3, SLOTS - 2):
+    part = jax.device_get(dense(scenes[i][0]))
+    assert part.count == iterated.count[i]
+    np.testing.assert_allclose(
+      part.assignment.max(1), iterated.assignment[i].max(1), atol=1e-3
+    )
+    assert (
+      adjusted_rand_score(
+        part.assignment.argmax(1), iterated.assignment[i].argmax(1)
+      )
+      == 1.0
+    )
+
+
+def test_other_rules_count_by_the_gap_or_not_at_all(found):
+  scenes = found[0]
+  features = np.stack([features for features, _ in scenes])
+
+  def counts(rule):
+    run = jax.jit(
+      jax.vmap(
+        lambda f: (
+          vp.vote_partition(
+            f, num_slots=SLOTS + 1, sigma=0.3, count_rule=rule
+          ).count
+        )
+      )
+    )
+    return np.asarray(run(features)).tolist()
+
+  true = [truth.max() + 1 for _, truth in scenes]
+  # A single object has its gap right behind 1; K - 2 is the most it can find.
+  assert counts("eigengap") == true
+  assert counts("fixed") == [SLOTS + 1] * len(scenes)
+  with pytest.raises(UserError, match="count_rule='most'"):
+    vp.vote_partition(features[0], num_slots=3, count_rule="most")

@@ -179,6 +179,7 @@ def find_sources(
       f" file of {PATTERN}"
     )
   files = sorted(path.glob(PATTERN)) if path.is_dir() else [path]
+  files = [file for file in files if file.is_file()]
   if not files:
     raise UserError(f"source={str(path)!r} holds no file named {PATTERN}")
   splits = collections.defaultdict(list)

@@ -9,6 +9,7 @@ processes nor on workers, threads or the cache. Fields of both makers:
   crop           first and end row, first and end column that are kept of the
                  stored image; None or () keeps all
   max_objects    scenes with more objects are left out; None or 0 keeps all
+  max_pixels     larger image files are refused
   batch_size     examples of a global batch; each process yields its share
   num_threads    threads that read ahead (in each worker); 0 for none
   cache          keep decoded and resized examples in memory after first use
@@ -39,6 +40,7 @@ import numpy as np
 from spectraldiffusion_jax.data import sources
 from spectraldiffusion_jax.data.augment import Augment
 from spectraldiffusion_jax.data.examples import finish, open_examples, select
+from spectraldiffusion_jax.data.images import MAX_PIXELS
 from spectraldiffusion_jax.data.transforms import Window
 from spectraldiffusion_jax.errors import UserError
 from spectraldiffusion_jax.types import Batch
@@ -52,6 +54,7 @@ def make_train(
   image_size: int | tuple[int, int],
   crop: Window | None,
   max_objects: int | None,
+  max_pixels: int = MAX_PIXELS,
   augment: Mapping[str, object] | None,
   batch_size: int,
   seed: int,
@@ -74,7 +77,7 @@ def make_train(
   """
   rows = _share(batch_size, process_count)
   examples = open_examples(
-    sources.load(dataset, split, data_root=data_root),
+    sources.load(dataset, split, data_root=data_root, max_pixels=max_pixels),
     image_size=image_size,
     crop=crop,
     max_objects=max_objects,
@@ -101,6 +104,7 @@ def make_eval(
   image_size: int | tuple[int, int],
   crop: Window | None,
   max_objects: int | None,
+  max_pixels: int = MAX_PIXELS,
   batch_size: int,
   num_threads: int,
   cache: bool,
@@ -121,7 +125,7 @@ def make_eval(
   """
   rows = _share(batch_size, process_count)
   examples = open_examples(
-    sources.load(dataset, split, data_root=data_root),
+    sources.load(dataset, split, data_root=data_root, max_pixels=max_pixels),
     image_size=image_size,
     crop=crop,
     max_objects=max_objects,
@@ -170,9 +174,12 @@ def num_examples(
   split: str,
   data_root: str | os.PathLike,
   max_objects: int | None,
+  max_pixels: int = MAX_PIXELS,
 ) -> int:
   """Number of examples that make_train and make_eval serve."""
-  source = sources.load(dataset, split, data_root=data_root)
+  source = sources.load(
+    dataset, split, data_root=data_root, max_pixels=max_pixels
+  )
   return len(select(source, max_objects))
 
 

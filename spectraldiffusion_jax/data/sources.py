@@ -4,15 +4,15 @@ import functools
 import io
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image, UnidentifiedImageError
 
+from spectraldiffusion_jax.data import prepared
+from spectraldiffusion_jax.data.images import MAX_PIXELS, read_map, read_rgb
 from spectraldiffusion_jax.data.transforms import to_rgb
 from spectraldiffusion_jax.errors import UserError
 
@@ -35,7 +35,13 @@ class Source(Protocol):
     ...
 
 
-def load(dataset: str, split: str, *, data_root: str | os.PathLike) -> Source:
+def load(
+  dataset: str,
+  split: str,
+  *,
+  data_root: str | os.PathLike,
+  max_pixels: int = MAX_PIXELS,
+) -> Source:
   """Opens one split of a data set.
 
   Args:
@@ -45,6 +51,7 @@ def load(dataset: str, split: str, *, data_root: str | os.PathLike) -> Source:
       format, such as "clevr_with_masks".
     split: in TFDS notation, such as "train", "train[:90%]" or "train+test".
     data_root: folder of prepared data sets.
+    max_pixels: most pixels of an image that is decoded.
 
   Returns:
     The source, in the order in which the data set is stored.
@@ -54,15 +61,15 @@ def load(dataset: str, split: str, *, data_root: str | os.PathLike) -> Source:
       not of this kind.
   """
   if dataset == "images":
-    return ImageFolder(data_root, split)
+    return ImageFolder(data_root, split, max_pixels=max_pixels)
   family, _, name = dataset.partition("/")
   if family == "procedural_clevr":
     from spectraldiffusion_jax.data import procedural_clevr
 
-    folder = procedural_clevr.prepare(name, data_root).data_dir
+    folder = pathlib.Path(procedural_clevr.prepare(name, data_root).data_dir)
   else:
-    folder = _prepared_folder(dataset, pathlib.Path(data_root))
-  return TfdsSource(tfds.builder_from_directory(folder), split)
+    folder = prepared.folder_of(dataset, pathlib.Path(data_root))
+  return TfdsSource(prepared.open_builder(folder), split, max_pixels=max_pixels)
 
 
 class TfdsSource:
@@ -72,7 +79,14 @@ class TfdsSource:
   and for 16 bits.
   """
 
-  def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+  def __init__(
+    self,
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+  ):
+    self._max_pixels = max_pixels
     self._name = builder.info.full_name
     self._split = split
     self._folder = pathlib.Path(builder.data_dir)
@@ -99,11 +113,22 @@ class TfdsSource:
     return f"TfdsSource({self._name}, split={self._split!r}, n={len(self)})"
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    record = self._records[index]
-    example = {"image": _decode_image(record["image"])}
-    if self._segmented:
-      example["segmentation"] = _decode_map(record["segmentation"])
-    return example
+    try:
+      record = self._records[index]
+      example = {"image": self._decode(record["image"], to_rgb, read_rgb)}
+      if self._segmented:
+        stored = record["segmentation"]
+        example["segmentation"] = self._decode(stored, _flat, read_map)
+      return example
+    except IndexError:
+      raise  # the end, for whoever iterates
+    except Exception as error:  # array_record and protobuf have kinds of each
+      raise UserError(f"{self!r}, example {index}: {error}") from None
+
+  def _decode(self, stored: bytes | np.ndarray, from_array, from_file):
+    if isinstance(stored, np.ndarray):
+      return from_array(stored)
+    return from_file(io.BytesIO(stored), max_pixels=self._max_pixels)
 
   def num_objects(self) -> np.ndarray:
     """Returns the number of objects of every example, int32 [len(self)].
@@ -125,10 +150,10 @@ class TfdsSource:
     path = self._folder / f"num_objects-{split}.npy"
     records = self._full(split)
     try:
-      counts = np.load(path)
+      counts = np.load(path, allow_pickle=False)
       if counts.shape == (len(records),):
         return counts
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy raises many kinds for a damaged file
       pass  # not there yet, or damaged: count again
     counts = np.array([self._count(record) for record in records], np.int32)
     _save(path, counts)
@@ -137,14 +162,21 @@ class TfdsSource:
   def _count(self, record: dict[str, object]) -> int:
     if self._counted:
       return int(record["num_objects"])
-    ids = np.unique(_decode_map(record["segmentation"]))
+    ids = np.unique(self._decode(record["segmentation"], _flat, read_map))
     return np.count_nonzero(ids)
 
 
 class ImageFolder:
   """Every image file below a folder, sorted by path; the one split is train."""
 
-  def __init__(self, root: str | os.PathLike, split: str):
+  def __init__(
+    self,
+    root: str | os.PathLike,
+    split: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+  ):
+    self._max_pixels = max_pixels
     root = pathlib.Path(root)
     if not root.is_dir():
       raise UserError(f"data_root={str(root)!r} is no folder of images")
@@ -177,54 +209,13 @@ class ImageFolder:
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     path = self.files[index]
     try:
-      with Image.open(path) as image:
-        return {"image": to_rgb(image)}
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-      raise UserError(f"{path} is no readable image: {error}") from error
+      return {"image": read_rgb(path, max_pixels=self._max_pixels)}
+    except UserError as error:
+      raise UserError(f"{path} {error}") from None
 
   def num_objects(self) -> np.ndarray:
     """Raises a UserError: plain images do not tell."""
     raise UserError("max_objects: plain images do not tell how many they show")
-
-
-def _prepared_folder(dataset: str, root: pathlib.Path) -> pathlib.Path:
-  """Folder of the newest prepared version of a data set."""
-  found = _prepared(root / dataset) if dataset else []
-  if found:
-    return found[-1]
-  here = sorted({path.parent.relative_to(root) for path in _prepared(root)})
-  held = ", ".join(map(str, here)) or "no prepared data set"
-  if not root.is_dir():
-    held = "no such folder"
-  if dataset == "clevr_with_masks":
-    remedy = (
-      f"prepare it with: python launch/prepare.py --dataset={dataset}"
-      f" --source=DIR --data_dir={root}"
-    )
-  else:
-    remedy = (
-      "launch/prepare.py prepares clevr_with_masks and procedural_clevr/NAME,"
-      " TFDS any other in array_record format"
-    )
-  raise UserError(
-    f"dataset={dataset!r} is not prepared under data_root={str(root)!r}"
-    f" ({held}); {remedy}"
-  )
-
-
-def _prepared(root: pathlib.Path) -> list[pathlib.Path]:
-  """Folders NAME/VERSION and NAME/CONFIG/VERSION, by ascending version."""
-  folders = [
-    info.parent
-    for depth in ("", "*/", "*/*/", "*/*/*/")
-    for info in root.glob(f"{depth}dataset_info.json")
-    if not any(part.startswith(".") for part in info.relative_to(root).parts)
-  ]
-  return sorted(folders, key=lambda folder: _version(folder.name))
-
-
-def _version(name: str) -> list[int]:
-  return [int(part) for part in re.findall(r"\d+", name)]
 
 
 def _ranges(
@@ -265,16 +256,8 @@ def _records(builder: tfds.core.DatasetBuilder, split: str):
   return builder.as_data_source(split, decoders=encoded)
 
 
-def _decode_image(stored: bytes | np.ndarray) -> np.ndarray:
-  if isinstance(stored, np.ndarray):
-    return to_rgb(stored)
-  return to_rgb(Image.open(io.BytesIO(stored)))
-
-
-def _decode_map(stored: bytes | np.ndarray) -> np.ndarray:
-  """Returns integers [H W] from a PNG (palette indices kept) or an array."""
-  if not isinstance(stored, np.ndarray):
-    stored = np.asarray(Image.open(io.BytesIO(stored)))
+def _flat(stored: np.ndarray) -> np.ndarray:
+  """Integers [H W] of a map stored as an array."""
   return stored.reshape(stored.shape[:2])
 
 

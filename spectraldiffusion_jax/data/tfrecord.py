@@ -16,6 +16,7 @@ in 90 ms; here the whole list is one strided numpy view.
 import dataclasses
 import gzip
 import io
+import itertools
 import math
 import os
 import struct
@@ -25,9 +26,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from spectraldiffusion_jax.data.crc32c import masked_crc32c
 from spectraldiffusion_jax.errors import UserError
 
-MAX_RECORD = 1 << 28  # bytes; the public files stay below 4 MB a record
+MAX_RECORD = 1 << 22  # bytes; the public files stay below 4 MB a record
+_MAX_STRINGS = 100_000  # of a list, unless each is one byte
+_MAX_VARINT = 10  # bytes, of 64 bits in groups of 7
 _BYTES_LIST, _FLOAT_LIST = 1, 2  # field numbers of tf.train.Feature
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # protobuf wire types
 
@@ -174,16 +178,20 @@ def parse_example(record: bytes) -> dict[str, np.ndarray]:
     if number != 1:
       raise ValueError(f"unexpected field {number}")
     for _, entry in _fields(feature_map):
-      pair = dict(_fields(entry))
-      name = bytes(pair[1]).decode() if 1 in pair else ""
-      features[name] = _parse_feature(name, pair.get(2, memoryview(b"")))
+      name = value = memoryview(b"")
+      for key, payload in _fields(entry):
+        name = payload if key == 1 else name
+        value = payload if key == 2 else value
+      name = bytes(name).decode()
+      features[name] = _parse_feature(name, value)
   return features
 
 
 def _parse_feature(name: str, message: memoryview) -> np.ndarray:
-  kinds = list(_fields(message))
+  kinds = list(itertools.islice(_fields(message), 2))
   if len(kinds) != 1:
-    raise ValueError(f"feature {name!r} holds {len(kinds)} lists, expected one")
+    count = "several lists" if kinds else "no list"
+    raise ValueError(f"feature {name!r} holds {count}, expected one")
   ((kind, values),) = kinds
   if kind == _BYTES_LIST:
     return _bytes_list(values)
@@ -200,14 +208,23 @@ def _bytes_list(message: memoryview) -> np.ndarray:
     # Tag 0x0a (field 1, length-delimited) and length 1 before every value.
     if (triples[:, 0] == 0x0A).all() and (triples[:, 1] == 1).all():
       return triples[:, 2]
-  return np.frombuffer(
-    b"".join(value for _, value in _fields(message)), np.uint8
-  )
+  return np.frombuffer(_joined(message), np.uint8)
 
 
 def _float_list(message: memoryview) -> np.ndarray:
   """Reads repeated `float value = 1`, packed (the usual form) or not."""
-  return np.frombuffer(b"".join(value for _, value in _fields(message)), "<f4")
+  return np.frombuffer(_joined(message), "<f4")
+
+
+def _joined(message: memoryview) -> bytes:
+  # Not b"".join, which first lists the pieces: 180 bytes for each, and a
+  # hostile record holds millions of empty ones.
+  joined = bytearray()
+  for number, (_, value) in enumerate(_fields(message)):
+    if number == _MAX_STRINGS:
+      raise ValueError(f"a list of more than {_MAX_STRINGS} values")
+    joined += value
+  return bytes(joined)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -231,14 +248,13 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-  value = shift = 0
-  while True:
-    byte = message[at]
-    value |= (byte & 0x7F) << shift
-    at += 1
+  value = 0
+  for place in range(_MAX_VARINT):
+    byte = message[at + place]
+    value |= (byte & 0x7F) << 7 * place
     if byte < 0x80:
-      return value, at
-    shift += 7
+      return value, at + place + 1
+  raise ValueError("a number is longer than 64 bits")
 
 
 def _read_record(stream: BinaryIO, where: str) -> bytes:
@@ -259,27 +275,6 @@ def _read_record(stream: BinaryIO, where: str) -> bytes:
       f"{where}: the file ends after {len(body)} of {length + 4} bytes"
     )
   return body[:length]
-
-
-def _crc32c_table() -> list[int]:
-  table = []
-  for byte in range(256):
-    for _ in range(8):  # reversed Castagnoli polynomial
-      byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-    table.append(byte)
-  return table
-
-
-_TABLE = _crc32c_table()
-
-
-def masked_crc32c(data: bytes) -> int:
-  """TFRecord's masked CRC32C; a plain loop, for a few bytes only."""
-  crc = 0xFFFFFFFF
-  for byte in data:
-    crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
-  crc ^= 0xFFFFFFFF
-  return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 class _Metered(io.RawIOBase):

@@ -36,15 +36,17 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     image = _from_array(image)
   image = ImageOps.exif_transpose(image)
   if image.mode == "I" or image.mode.startswith("I;16"):
-    # 16-bit grey files; Pillow's own conversion clips them at 255.
-    image = Image.fromarray(_to_byte(np.asarray(image) / 257))
+    # 16-bit grey files; Pillow's own conversion clips them at 255. In whole
+    # numbers, for floats would take eight bytes a pixel.
+    grey = np.asarray(image).astype(np.int32, copy=False).clip(0, 65535)
+    image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
   elif image.mode == "F":
     image = Image.fromarray(_unit_to_byte(np.asarray(image)))
-  if "A" in image.getbands() or "transparency" in image.info:
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    image = Image.alpha_composite(white, image)
   try:
+    if "A" in image.getbands() or "transparency" in image.info:
+      image = image.convert("RGBA")
+      white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+      image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
   except ValueError as error:
     raise UserError(f"image of mode {image.mode}: no way to RGB") from error

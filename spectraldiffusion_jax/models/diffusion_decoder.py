@@ -17,6 +17,9 @@ from spectraldiffusion_jax.models import layers
 from spectraldiffusion_jax.ops import noise
 from spectraldiffusion_jax.types import Decoded, Features, Slots
 
+SWAP = 4
+"""One in so many denoised tokens is denoised again with other slots."""
+
 
 def whiten(x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
   """Zero mean and unit variance of each channel over the batch's tokens."""
@@ -76,7 +79,11 @@ class DiffusionDecoder(nn.Module):
     *,
     train: bool = False,
   ) -> Decoded:
-    """Training: a noised prediction. Else: masks and x_0 from pure noise."""
+    """Training: a noised prediction. Else: masks and x_0 from pure noise.
+
+    In training a second prediction, of every SWAP-th token and without a
+    gradient, sees another image's slots: it says what slots are good for.
+    """
     x0 = latents(
       image, features, source=self.source, latent_dim=self.latent_dim
     )
@@ -99,9 +106,18 @@ class DiffusionDecoder(nn.Module):
       x0, jax.random.normal(draw, x0.shape), alpha, sigma
     )
     v, masks = self.denoiser(noised, t, slots.slots, slots.active, place)
+    swapped = None
+    if b > 1:
+      other = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(jnp.roll(x, 1, axis=0)), slots
+      )
+      some, where = noised[:, ::SWAP], place[:, ::SWAP]
+      swapped, _ = self.denoiser(some, t, other.slots, other.active, where)
+      swapped = noise.to_x0(swapped, some, alpha, sigma)
     return Decoded(
       masks=masks,
       prediction=noise.to_x0(v, noised, alpha, sigma),
       target=x0,
       weight=noise.loss_weight(alpha, sigma),
+      swapped=jax.lax.stop_gradient(swapped),
     )

@@ -43,6 +43,43 @@ def _e_step(keys, mixture, active, tau):
   return run(keys, mixture.mean, mixture.variance, mixture.weight, active)[0]
 
 
+def without_light_slots(
+  slots: Slots, mixture: Mixtures, *, threshold: float, background: bool
+) -> Slots:
+  """Slots of which those with little mixing weight are no longer active.
+
+  A slot goes if its share of the weight of all slots is below threshold / K;
+  the heaviest one stays. What it held goes to the others in proportion.
+
+  Args:
+    slots: with their attention.
+    mixture: their Gaussians and weights.
+    threshold: in units of 1 / K.
+    background: whether slot 0 is the rest of the image instead of a Gaussian:
+      it then stays and its weight does not count.
+
+  Source: Kori et al., Identifiable Object-Centric Learning (2024), with
+  tau_pi = threshold / K.
+  """
+  weight = jnp.where(slots.active, mixture.weight, 0.0)
+  if background:
+    weight = weight.at[:, 0].set(0.0)
+  share = weight / jnp.maximum(weight.sum(1, keepdims=True), 1e-12)
+  kept = share >= threshold / share.shape[1]
+  kept = kept | (share == share.max(1, keepdims=True))
+  if background:
+    kept = kept.at[:, 0].set(True)
+  active = slots.active & kept
+  attention = slots.attention * active[:, :, None]
+  total = attention.sum(1, keepdims=True)
+  attention = jnp.where(
+    total > 1e-6,
+    attention / jnp.maximum(total, 1e-6),
+    active[:, :, None] / active.sum(1)[:, None, None],
+  )
+  return slots.replace(attention=attention, active=active)
+
+
 class EMSlotAttention(nn.Module):
   """T rounds of gated MAP-EM from given responsibilities."""
 

@@ -149,6 +149,7 @@ class SpectralDiffusion(nn.Module):
   tau: float = 2.0  # temperature of the pixels' E-step
   stickiness: float = 0.0  # of masks sharpened by colour; 0 = not sharpened
   mirror: bool = False  # average the field over the mirror, unless training
+  weight_threshold: float = 0.0  # of light slots dropped unless training
 
   @nn.compact
   def __call__(
@@ -183,6 +184,13 @@ class SpectralDiffusion(nn.Module):
       else:
         start = self.partition(jax.lax.stop_gradient(affinity))
       slots, mixture = self._bind(features, tokens, grid, *start)
+    if self.weight_threshold and mixture is not None and not train:
+      slots = em_attention.without_light_slots(
+        slots,
+        mixture,
+        threshold=self.weight_threshold,
+        background=features.field is not None,
+      )
     decoded = None
     if self.decoder is not None and (train or features.field is None):
       decoded = self.decoder(slots, image, features, train=train)
@@ -234,8 +242,7 @@ class SpectralDiffusion(nn.Module):
         tau=self.tau,
       )
       masks = masks.reshape(*masks.shape[:2], *size)
-      return (
-        sharpen(image, masks, self.stickiness) if self.stickiness else masks
-      )
-    masks = slots.attention if decoded is None else decoded.masks
-    return masks if masks.ndim == 4 else upsample(masks, grid, size)
+    else:
+      masks = slots.attention if decoded is None else decoded.masks
+      masks = masks if masks.ndim == 4 else upsample(masks, grid, size)
+    return sharpen(image, masks, self.stickiness) if self.stickiness else masks

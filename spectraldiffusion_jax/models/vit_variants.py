@@ -95,7 +95,7 @@ def tunable_mask(params: Mapping, *, last_blocks: int) -> dict:
   """True for what is tuned: the last blocks and the final norm.
 
   Args:
-    params: of the plain model (scan=False).
+    params: of the plain model; blocks that are stacked can only be frozen.
     last_blocks: 0 freezes everything; the model's depth or more tunes
       everything, embeddings included.
 
@@ -108,6 +108,8 @@ def tunable_mask(params: Mapping, *, last_blocks: int) -> dict:
   if last_blocks == 0:
     return jax.tree.map(lambda _: False, dict(params))
   if "blocks" in params:
+    if last_blocks == 0:
+      return jax.tree.map(lambda _: False, dict(params))
     raise UserError(
       "tuning the last blocks needs the plain layout: use scan=False"
     )

@@ -17,8 +17,8 @@ from spectraldiffusion_jax.ops.graph import (
   DenseGraph,
   Graph,
   NeighbourGraph,
-  kth_largest,
   squared_distance,
+  top_k,
   unit_rows,
 )
 
@@ -62,8 +62,9 @@ def _mutual_neighbours(similarity: Array, k: int) -> Array:
   size = similarity.shape[0]
   off = ~jnp.eye(size, dtype=bool)
   similarity = jnp.where(off, similarity, -jnp.inf)
-  threshold = kth_largest(similarity, k=min(k, max(size - 1, 1)))
-  near = similarity >= threshold[:, None]
+  index = top_k(similarity, k=min(k, max(size - 1, 1)))[1]
+  near = jnp.zeros((size, size), bool)
+  near = near.at[jnp.arange(size)[:, None], index].set(True)
   return (near | near.T) & off
 
 

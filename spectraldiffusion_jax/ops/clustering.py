@@ -9,11 +9,35 @@ from spectraldiffusion_jax.ops import spectral
 from spectraldiffusion_jax.ops.graph import Graph
 
 _EXACT = "highest"
+
+
+def eigengap_count(
+  value: Float[Array, " R"], *, low: int = 2
+) -> Int[Array, ""]:
+  """Number of clusters k in low..R-1 with the largest gap l_k - l_{k+1}.
+
+  The last value only closes the last gap, so pass one more than the largest
+  count wanted.
+
+  Source: von Luxburg, A Tutorial on Spectral Clustering (2007), section 8.3.
+  """
+  gap = value[:-1] - value[1:]
+  allowed = jnp.arange(1, gap.shape[0] + 1) >= low
+  return jnp.argmax(jnp.where(allowed, gap, -jnp.inf)) + 1
+
+
+def count_above(
+  value: Float[Array, " R"], *, threshold: float
+) -> Int[Array, ""]:
+  """Number of eigenvalues above a threshold, at least 2 if there are 2."""
+  return jnp.maximum(jnp.sum(value > threshold), min(2, value.shape[0]))
+
+
 # From the wanted eigenvalues and one more to the number of clusters.
 COUNT_RULES = {
   "fixed": lambda value: value.shape[0] - 1,
-  "eigengap": spectral.eigengap_count,
-  "threshold": lambda value: spectral.count_above(value[:-1], threshold=0.95),
+  "eigengap": eigengap_count,
+  "threshold": lambda value: count_above(value[:-1], threshold=0.95),
 }
 
 
@@ -136,6 +160,7 @@ def graph_clusters(
   count: int,
   count_rule: str = "fixed",
   rounds: int = 4,
+  tolerance: float = 0.01,
   hard: bool = True,
 ) -> Float[Array, "N R"]:
   """Clusters the tokens of a graph by its leading eigenvectors.
@@ -144,7 +169,8 @@ def graph_clusters(
     graph: Any store.
     count: Clusters, or the most of them if `count_rule` chooses.
     count_rule: "fixed", "eigengap" or "threshold" (eigenvalues above 0.95).
-    rounds: Chebyshev filters of the eigen-solver.
+    rounds: Most Chebyshev filters of the eigen-solver.
+    tolerance: Residual of the eigenvectors at which it stops earlier.
     hard: One-hot rows; otherwise soft ones.
 
   Returns:
@@ -157,6 +183,8 @@ def graph_clusters(
     raise UserError(
       f"count_rule={count_rule!r}: choose one of {', '.join(COUNT_RULES)}"
     )
-  pairs = spectral.graph_eigenpairs(graph, count=count + 1, rounds=rounds)
+  pairs = spectral.graph_eigenpairs(
+    graph, count=count + 1, rounds=rounds, tolerance=tolerance
+  )
   used = COUNT_RULES[count_rule](pairs.value)
   return cpqr(pairs.vector[:, :count], count=used, hard=hard)

@@ -123,6 +123,11 @@ def pool_to_grid(
   Returns:
     Mean of each cell.
   """
+  height, width, _ = image.shape
+  if height % grid[0] == 0 and width % grid[1] == 0:
+    # Whole pixels: a mean, far cheaper on wide features than two products.
+    split = (grid[0], height // grid[0], grid[1], width // grid[1], -1)
+    return jnp.mean(image.reshape(split), axis=(1, 3))
   rows = jnp.asarray(_cell_average(image.shape[0], grid[0]), image.dtype)
   columns = jnp.asarray(_cell_average(image.shape[1], grid[1]), image.dtype)
   return jnp.einsum("hH,HWC,wW->hwC", rows, image, columns, precision=_EXACT)

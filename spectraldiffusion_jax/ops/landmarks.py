@@ -2,36 +2,40 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from spectraldiffusion_jax.ops import color
 from spectraldiffusion_jax.ops.graph import (
-  MAX_DENSE,
   LandmarkGraph,
-  kth_largest,
+  Landmarks,
+  top_k,
   unit_rows,
 )
 
 _EXACT = "highest"
+MAX_DIRECT = 512
+"""Landmarks up to which all of a scale's are compared with every token."""
+BASIS_ROWS = 8
+"""Rows of the pooled grid whose tokens span the compressed features."""
 
 
-def landmark_factor(
-  tokens: Float[Array, "N E"],
-  anchors: Float[Array, "M E"],
+def landmark_shares(
+  cosine: Float[Array, "N Q"],
+  index: Int[Array, "N Q"],
   *,
-  nearest: int = 5,
+  count: int,
   temperature: float = 0.1,
-) -> Float[Array, "N M"]:
-  """Z of W = Z Z^T: each token's shares in its nearest landmarks.
+) -> Landmarks:
+  """Z of W = Z Z^T: each token's shares in the landmarks found for it.
 
-  exp((f_n^T l_j - 1)/temperature) on the `nearest` largest j, rows normalised
-  to 1, columns then divided by the root of their sum, which gives W row sums
-  of exactly 1. Anchors that are the tokens themselves do not see themselves.
+  exp((f_n^T l_j - 1)/temperature), rows normalised to 1, columns then divided
+  by the root of their sum, which gives W row sums of exactly 1.
 
   Args:
-    tokens: Unit rows.
-    anchors: Unit rows; the same array as `tokens` to leave out the diagonal.
-    nearest: Landmarks per token.
+    cosine: Of the token with each landmark found; -inf leaves one out.
+    index: Of these landmarks, 0..count-1.
+    count: Landmarks M there are.
     temperature: Of the heat kernel on cosines.
 
   Returns:
@@ -40,18 +44,40 @@ def landmark_factor(
   Source: Chen, Cai, Large Scale Spectral Clustering with Landmark-Based
   Representation (2011).
   """
-  count = anchors.shape[0]
-  cosine = jnp.einsum("NE,ME->NM", tokens, anchors, precision=_EXACT)
-  if anchors is tokens and count > 1:
-    cosine = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, cosine)
-  threshold = kth_largest(cosine, k=min(nearest, count))
-  best = jnp.max(cosine, axis=1, keepdims=True)
-  # Taking the row's best off the exponent cancels in the normalisation.
-  share = jnp.exp((cosine - best) / temperature)
-  share = jnp.where(cosine >= threshold[:, None], share, 0.0)
-  share = share / jnp.sum(share, axis=1, keepdims=True)
-  mass = jnp.sum(share, axis=0, keepdims=True)
-  return share * jnp.where(mass > 0, jax.lax.rsqrt(mass + (mass <= 0)), 0.0)
+  share = jax.nn.softmax(cosine / temperature, axis=1)
+  mass = jnp.zeros(count, share.dtype).at[index].add(share)
+  return Landmarks(
+    index, share * jax.lax.rsqrt(mass + (mass <= 0))[index], jnp.sqrt(mass)
+  )
+
+
+def compressed(
+  tokens: Float[Array, "N E"], *, grid: tuple[int, int]
+) -> Float[Array, "N A"]:
+  """Coordinates of tokens in the span of the coarsely pooled tokens.
+
+  Inner products with the span are kept, the rest is dropped: x^T A^T (A
+  A^T)^-1 A y for the A = 64 tokens pooled to 8 rows, of a square grid. A
+  fixed random projection to as many dimensions would blur cosines by 1/8.
+
+  Source: Williams, Seeger, Using the Nystroem Method to Speed Up Kernel
+  Machines (2001).
+  """
+  basis = _pooled(tokens, grid, scale_grids(grid, scales=(BASIS_ROWS,))[0])
+  gram = jnp.matmul(basis, basis.T, precision=_EXACT)
+  # Pooled tokens of one object are nearly equal: the ridge keeps rank.
+  root = jnp.linalg.cholesky(gram + 1e-4 * jnp.eye(len(basis)))
+  inner = jnp.matmul(tokens, basis.T, precision=_EXACT)
+  inverse = jax.scipy.linalg.solve_triangular(
+    root, jnp.eye(len(basis)), lower=True
+  )
+  return jnp.matmul(inner, inverse.T, precision=_EXACT)
+
+
+def _pooled(tokens, grid, pooled):
+  """Unit rows of the tokens averaged over the cells of a coarser grid."""
+  mean = color.pool_to_grid(tokens.reshape(*grid, -1), grid=pooled)
+  return unit_rows(mean.reshape(pooled[0] * pooled[1], -1))
 
 
 def scale_grids(
@@ -70,6 +96,40 @@ def scale_grids(
   return sorted(grids)
 
 
+def _children(
+  parents: Int[Array, "N Q"], coarse: tuple[int, int], fine: tuple[int, int]
+) -> Int[Array, "N C"]:
+  """Cells of the fine grid inside the given cells of a coarse one."""
+  rows, columns = fine[0] // coarse[0], fine[1] // coarse[1]
+  row, column = parents // coarse[1], parents % coarse[1]
+  corner = row * rows * fine[1] + column * columns
+  inside = np.arange(rows)[:, None] * fine[1] + np.arange(columns)
+  inside = jnp.asarray(inside.reshape(1, 1, -1), corner.dtype)
+  cells = corner[..., None] + inside
+  return cells.reshape(parents.shape[0], -1)
+
+
+def _search(tokens, anchors, candidates, *, k, own):
+  """The k nearest anchors of each token, among its candidates or all."""
+  size, count = tokens.shape[0], anchors.shape[0]
+  if candidates is None:
+    cosine = jnp.einsum("NE,ME->NM", tokens, anchors, precision=_EXACT)
+    candidates = jnp.broadcast_to(jnp.arange(count), (size, count))
+    listed = False
+  else:
+    cosine = jnp.einsum("NE,NQE->NQ", tokens, anchors[candidates])
+    listed = True
+  if own and count > 1:
+    itself = candidates == jnp.arange(size)[:, None]
+    cosine = jnp.where(itself, -jnp.inf, cosine)
+  if listed and candidates.shape[1] <= k:
+    return cosine, candidates
+  cosine, place = top_k(cosine, k=min(k, cosine.shape[1]))
+  if not listed:
+    return cosine, place
+  return cosine, jnp.take_along_axis(candidates, place, axis=1)
+
+
 def fused_graph(
   features: Float[Array, "h w E"],
   *,
@@ -78,12 +138,16 @@ def fused_graph(
   nearest: int = 5,
   temperature: float = 0.1,
   centre: bool = True,
-  max_anchors: int = MAX_DENSE,
+  compress: bool = True,
+  beam: int | None = 5,
 ) -> LandmarkGraph:
   """Average of landmark graphs, one per scale: W = sum_s Z_s Z_s^T / S.
 
   Landmarks are average-pooled tokens of each scale. Row sums are 1 and W is
   positive semi-definite, so no shift and no degree normalisation is needed.
+  A scale with more than MAX_DIRECT landmarks whose cells divide those of the
+  scale before is searched among the parts of the best cells there, so that
+  neither time nor memory grows with N times M.
 
   Args:
     features: Token features; compared by direction only.
@@ -92,30 +156,47 @@ def fused_graph(
     nearest: Landmarks per token at every other scale.
     temperature: Of the heat kernel on cosines.
     centre: Subtract the mean token first.
-    max_anchors: Scales with more landmarks are left out, unless none is left.
+    compress: Compare wide features by their `compressed` coordinates.
+    beam: Cells of the scale before that are searched; None = compare all.
 
   Returns:
-    A graph whose factor has one column per landmark of any scale.
+    A graph with one factor per scale, the coarsest first.
   """
   grid = features.shape[:2]
   size = grid[0] * grid[1]
   mean = jnp.mean(features, axis=(0, 1), keepdims=True)
   features = features - mean * float(centre)
   tokens = unit_rows(features.reshape(size, -1))
-  normal = tokens.reshape(*grid, -1)
+  basis = scale_grids(grid, scales=(BASIS_ROWS,))[0]
+  if compress and tokens.shape[1] > basis[0] * basis[1]:
+    tokens = compressed(tokens, grid=grid)
   grids = scale_grids(grid, scales=scales)
-  kept = [g for g in grids if g[0] * g[1] <= max_anchors] or grids[:1]
-  factors = []
-  for pooled in kept:
-    anchors, count = tokens, knn_k
-    if pooled != grid:
-      anchors = unit_rows(
-        color.pool_to_grid(normal, grid=pooled).reshape(
-          pooled[0] * pooled[1], -1
-        )
+  parts, before, parents = [], None, None
+  for pooled in grids:
+    own, count = pooled == grid, pooled[0] * pooled[1]
+    k = knn_k if own else nearest
+    anchors = tokens if own else _pooled(tokens, grid, pooled)
+    candidates, width = None, k
+    if beam is not None and count > MAX_DIRECT and _divides(before, pooled):
+      candidates = _children(parents[:, :beam], before, pooled)
+    elif beam is not None:
+      width = max(k, beam)
+    cosine, index = _search(tokens, anchors, candidates, k=width, own=own)
+    before, parents = pooled, index
+    parts.append(
+      landmark_shares(
+        cosine[:, :k], index[:, :k], count=count, temperature=temperature
       )
-      count = nearest
-    factors.append(
-      landmark_factor(tokens, anchors, nearest=count, temperature=temperature)
     )
-  return LandmarkGraph(jnp.concatenate(factors, axis=1) * len(kept) ** -0.5)
+  share = len(grids) ** -0.5
+  return LandmarkGraph(
+    tuple(
+      part._replace(weight=share * part.weight, total=share * part.total)
+      for part in parts
+    )
+  )
+
+
+def _divides(coarse: tuple[int, int] | None, fine: tuple[int, int]) -> bool:
+  """Whether every cell of the coarse grid is a block of fine cells."""
+  return coarse is not None and not (fine[0] % coarse[0] or fine[1] % coarse[1])

@@ -11,12 +11,14 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.ops.graph import Graph, LandmarkGraph
 
 Matvec: TypeAlias = Callable[[Array], Array]
 _EXACT = "highest"
+MAX_COARSE = 256
+"""Landmarks of the coarsest scale up to which a dense eigh finds a start."""
 
 
 class Eigenpairs(NamedTuple):
@@ -126,10 +128,19 @@ def chebyshev_filter(
 
 def rayleigh_ritz(matvec: Matvec, basis: Float[Array, "N R"]) -> Eigenpairs:
   """Best eigenpairs of A inside the span of an orthonormal basis."""
-  small = jnp.einsum("NP,NQ->PQ", basis, matvec(basis), precision=_EXACT)
+  return _ritz_and_residuals(matvec, basis)[0]
+
+
+def _ritz_and_residuals(matvec, basis):
+  """Ritz pairs and their residual norms, from one product with A."""
+  image = matvec(basis)
+  small = jnp.einsum("NP,NQ->PQ", basis, image, precision=_EXACT)
   value, rotation = jnp.linalg.eigh((small + small.T) / 2)
-  vector = jnp.matmul(basis, rotation[:, ::-1], precision=_EXACT)
-  return Eigenpairs(value[::-1], vector)
+  value, rotation = value[::-1], rotation[:, ::-1]
+  vector = jnp.matmul(basis, rotation, precision=_EXACT)
+  gap = jnp.matmul(image, rotation, precision=_EXACT)
+  gap = gap - vector * value[None, :]
+  return Eigenpairs(value, vector), jnp.linalg.norm(gap, axis=0)
 
 
 def residuals(matvec: Matvec, pairs: Eigenpairs) -> Float[Array, " R"]:
@@ -148,6 +159,8 @@ def leading_eigenpairs(
   degree: int = 8,
   low: float = -1.0,
   seed: int = 0,
+  start: Float[Array, "N P"] | None = None,
+  tolerance: float = 0.0,
 ) -> Eigenpairs:
   """Leading eigenpairs of a normalised operator, the first one exact.
 
@@ -161,10 +174,14 @@ def leading_eigenpairs(
     count: Number of pairs wanted, `lead` among them.
     oversample: Extra columns of the block; without them convergence hangs on
       the gap right behind the last wanted pair.
-    rounds: Filters, each followed by QR and Rayleigh-Ritz.
+    rounds: Most filters, each followed by QR and Rayleigh-Ritz.
     degree: Operator products per filter, at most 16.
     low: Lower end of the spectrum: -1, or 0 if positive semi-definite.
     seed: Of the start block.
+    start: Guesses of the leading eigenvectors but the first, best first, in
+      the place of as many columns of the random start block.
+    tolerance: Stop when no wanted pair but the last has a larger residual
+      |A u - l u|; the last closes the gap, and its eigenvalue alone is used.
 
   Returns:
     `count` pairs; beyond the number of tokens the vectors are zero and the
@@ -174,13 +191,19 @@ def leading_eigenpairs(
   columns = min(count + oversample, size) - 1
   pairs = Eigenpairs(jnp.ones(1, lead.dtype), lead[:, None])
   if columns > 0:
+    block = jnp.asarray(gaussian_block(size, columns, seed=seed))
+    if start is not None:
+      start = start[:, :columns]
+      block = block.at[:, : start.shape[1]].set(start)
     found = _filtered_iteration(
       matvec,
       lead,
-      jnp.asarray(gaussian_block(size, columns, seed=seed)),
+      block,
       rounds=rounds,
       degree=degree,
       low=low,
+      tolerance=tolerance,
+      watched=max(min(count - 2, columns), 1),
     )
     pairs = jax.tree.map(
       lambda a, b: jnp.concatenate([a, b], axis=-1), pairs, found
@@ -192,84 +215,86 @@ def leading_eigenpairs(
   )
 
 
-def _filtered_iteration(matvec, lead, block, *, rounds, degree, low):
+def _filtered_iteration(
+  matvec, lead, block, *, rounds, degree, low, tolerance, watched
+):
   """Runs the rounds of `leading_eigenpairs` on the complement of lead."""
 
   def operator(x):
     # Not only at the start: the filter would blow round-off along lead up.
     return deflate(matvec(x), lead)
 
-  def step(_, pairs):
+  def ritz(block):
+    basis = orthonormalise(deflate(block, lead))
+    return _ritz_and_residuals(operator, basis)
+
+  def going(state):
+    _, rest, done = state
+    return (done < rounds) & (jnp.max(rest[:watched]) > tolerance)
+
+  def step(state):
+    pairs, _, done = state
     # A block that already holds every direction leaves nothing to damp.
     high = jnp.maximum(pairs.value[-1], low + 0.05)
     block = chebyshev_filter(
       operator, pairs.vector, degree=degree, low=low, high=high
     )
-    return rayleigh_ritz(operator, orthonormalise(deflate(block, lead)))
+    return *ritz(block), done + 1
 
-  start = rayleigh_ritz(operator, orthonormalise(deflate(block, lead)))
-  return jax.lax.fori_loop(0, rounds, step, start)
+  return jax.lax.while_loop(going, step, (*ritz(block), 0))[0]
 
 
 def graph_eigenpairs(
-  graph: Graph, *, count: int, rounds: int = 4, uniform: float = 0.03
+  graph: Graph,
+  *,
+  count: int,
+  rounds: int = 4,
+  uniform: float = 0.03,
+  tolerance: float = 0.01,
 ) -> Eigenpairs:
   """Leading eigenpairs of a graph's normalised operator, the cheap way.
 
-  A landmark graph A = Y Y^T (N tokens, M < N landmarks) shares its non-zero
-  eigenvalues with the M x M matrix Y^T Y = G S G^T, and U = Y G S^-1/2: the
-  iteration never sees the tokens. Any other store is iterated as it is.
+  A landmark graph is positive semi-definite, and the few landmarks of its
+  coarsest scale give good guesses of its eigenvectors: one product with the
+  whole graph often shows that they will do.
 
   Args:
     graph: Any of the stores in `ops.graph`.
     count: Number of pairs, the known first one among them.
-    rounds: Chebyshev filters, see `leading_eigenpairs`.
+    rounds: Most Chebyshev filters, see `leading_eigenpairs`.
     uniform: Degree of the faint edges, see `normalised_operator`.
-
-  Returns:
-    `count` pairs; vectors past the rank of the graph are zero.
+    tolerance: Residual at which the iteration stops; the angle to the true
+      eigenspace is at most this over the gap (Davis, Kahan 1970).
   """
   matvec, lead = normalised_operator(graph, uniform=uniform)
-  size = lead.shape[0]
-  if not isinstance(graph, LandmarkGraph) or graph.factor.shape[1] >= size:
-    low = 0.0 if isinstance(graph, LandmarkGraph) else -1.0
-    return leading_eigenpairs(matvec, lead, count=count, rounds=rounds, low=low)
-  # The faint edges are one more landmark, which every token shares.
-  faint = jnp.full((size, 1), (uniform / size) ** 0.5, lead.dtype)
-  factor = jnp.concatenate([graph.factor, faint], axis=1)
-  factor = factor * jax.lax.rsqrt(graph.degree() + uniform)[:, None]
-  gram = jnp.einsum("NM,NL->ML", factor, factor, precision=_EXACT)
-  pairs = leading_eigenpairs(
-    lambda x: jnp.matmul(gram, x, precision=_EXACT),
-    jnp.einsum("NM,N->M", factor, lead, precision=_EXACT),
+  landmarks = isinstance(graph, LandmarkGraph)
+  return leading_eigenpairs(
+    matvec,
+    lead,
     count=count,
     rounds=rounds,
-    low=0.0,
+    low=0.0 if landmarks else -1.0,
+    start=coarse_eigenvectors(graph) if landmarks else None,
+    tolerance=tolerance,
   )
-  inverse = jnp.where(
-    pairs.value > 1e-6, jax.lax.rsqrt(jnp.maximum(pairs.value, 1e-6)), 0.0
-  )
-  vector = jnp.matmul(factor, pairs.vector, precision=_EXACT)
-  return Eigenpairs(pairs.value, vector * inverse[None, :])
 
 
-def eigengap_count(
-  value: Float[Array, " R"], *, low: int = 2
-) -> Int[Array, ""]:
-  """Number of clusters k in low..R-1 with the largest gap l_k - l_{k+1}.
+def coarse_eigenvectors(graph: LandmarkGraph) -> Float[Array, "N P"] | None:
+  """Eigenvectors of the coarsest scale alone, but the first.
 
-  The last value only closes the last gap, so pass one more than the largest
-  count wanted.
-
-  Source: von Luxburg, A Tutorial on Spectral Clustering (2007), section 8.3.
+  Z Z^T shares its non-zero eigenvalues with the M x M matrix Z^T Z = G S G^T,
+  and has the eigenvectors Z G S^-1/2. None with more than MAX_COARSE
+  landmarks, where a dense eigh costs more than it saves.
   """
-  gap = value[:-1] - value[1:]
-  allowed = jnp.arange(1, gap.shape[0] + 1) >= low
-  return jnp.argmax(jnp.where(allowed, gap, -jnp.inf)) + 1
-
-
-def count_above(
-  value: Float[Array, " R"], *, threshold: float
-) -> Int[Array, ""]:
-  """Number of eigenvalues above a threshold, at least 2 if there are 2."""
-  return jnp.maximum(jnp.sum(value > threshold), min(2, value.shape[0]))
+  part = graph.parts[0]
+  size = part.total.shape[0]
+  if size > MAX_COARSE:
+    return None
+  pair = part.weight[:, :, None] * part.weight[:, None, :]
+  gram = jnp.zeros((size, size), pair.dtype)
+  gram = gram.at[part.index[:, :, None], part.index[:, None, :]].add(pair)
+  value, vector = jnp.linalg.eigh(gram)
+  value, vector = value[::-1][1:], part.expand(vector[:, ::-1][:, 1:])
+  # Past the rank there is nothing to guess from.
+  noise = jnp.asarray(gaussian_block(vector.shape[0], size - 1, seed=1))
+  return jnp.where(value[None, :] > 1e-6, vector, noise)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from spectraldiffusion_jax.errors import choose
 from spectraldiffusion_jax.ops import clustering, spectral
 from spectraldiffusion_jax.ops.affinity import DenseGraph, squared_distance
 from spectraldiffusion_jax.ops.partition import Partition
@@ -75,9 +76,11 @@ def vote_partition(
   num_slots: int,
   sigma: float = 0.2,
   threshold: float = 0.9,
+  count_rule: str = "threshold",
   limit: int = 512,
   rounds: int = 2,
   degree: int = 8,
+  dense: bool = False,
 ) -> Partition:
   """Shares tokens out: slot 0 the background, one slot a counted object.
 
@@ -86,10 +89,13 @@ def vote_partition(
     num_slots: K; at most K - 1 objects are told apart.
     sigma: distance of votes, in their units, at which affinity fades.
     threshold: eigenvalues above it count objects.
+    count_rule: "threshold", "eigengap" (largest gap between eigenvalues, at
+      most K - 2 objects) or "fixed" (always K - 1 objects).
     limit: most tokens in the graph. What is left of a larger foreground
       belongs to no slot yet; the first E-step shares it out.
     rounds: of the filtered block iteration.
     degree: of its Chebyshev filter.
+    dense: diagonalise the whole matrix instead, the oracle of the iteration.
   """
   features = jnp.nan_to_num(jax.lax.stop_gradient(features))
   tokens = features.reshape(-1, 3)
@@ -97,10 +103,19 @@ def vote_partition(
   graph = vote_graph(tokens[chosen], sigma=sigma)
   matvec, lead = _operator(graph)
   wanted = max(1, min(num_slots - 1, chosen.shape[0]))
-  pairs = spectral.leading_eigenpairs(
-    matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
-  )
-  count = jnp.maximum(jnp.sum(pairs.value > threshold), 1)
+  if dense:
+    pairs = spectral.rayleigh_ritz(matvec, jnp.eye(chosen.shape[0]))
+    pairs = jax.tree.map(lambda x: x[..., :wanted], pairs)
+  else:
+    pairs = spectral.leading_eigenpairs(
+      matvec, lead, count=wanted, rounds=rounds, degree=degree, low=0.0
+    )
+  rules = {
+    "threshold": lambda: jnp.sum(pairs.value > threshold),
+    "eigengap": lambda: clustering.eigengap_count(pairs.value, low=1),
+    "fixed": lambda: wanted,
+  }
+  count = jnp.maximum(choose("count_rule", count_rule, rules)(), 1)
   share = clustering.cpqr(pairs.vector, count=count)
   chance = jnp.where(tokens[:, :1] > LEAST, tokens[:, :1], 0.0)
   objects = jnp.zeros((tokens.shape[0], wanted)).at[chosen].set(share)

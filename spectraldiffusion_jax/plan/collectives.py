@@ -27,8 +27,14 @@ class Collective(NamedTuple):
 
 
 def group_size(attributes: str, devices: int) -> int:
-  """Devices that take part in one collective together."""
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes)
+  """Devices that take part in one collective together; no groups = all.
+
+  Raises:
+    ValueError: groups in a form that is not known.
+  """
+  named = re.search(
+    r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes
+  )
   if named:
     sizes = dict(re.findall(r"('[^']+')=(\d+)", named[1]))
     # 'axis':(a)b is a part of an axis: b devices of it.
@@ -37,8 +43,12 @@ def group_size(attributes: str, devices: int) -> int:
   iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
   if iota:
     return int(iota[2])
-  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-  return len(listed[1].split(",")) if listed else devices
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+  if listed:
+    return len(listed[1].split(","))
+  if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+    raise ValueError(f"replica groups of an unknown form: {attributes[:200]}")
+  return devices
 
 
 def wire_bytes(kind: str, operand: int, group: int) -> float:

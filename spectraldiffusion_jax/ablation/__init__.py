@@ -1,0 +1,1 @@
+"""What each part is worth: the cells, their runs, and the table."""

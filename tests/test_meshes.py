@@ -1,0 +1,101 @@
+"""One run on any mesh and in two real processes: the same numbers."""
+
+import jax
+import numpy as np
+import process_runs
+import pytest
+import toy_scenes
+
+from spectraldiffusion_jax import sharding, train_loop
+
+STEPS = 6
+TOLERANCE = 1e-5
+"""Relative, of the loss of every step. The gradient of a batch is a sum whose
+order depends on the mesh, and float32 has 6e-8: rounding grows by what the
+optimiser makes of it, and stays far below this in 30 steps."""
+MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return toy_scenes.prepare(tmp_path_factory.mktemp("data"))
+
+
+def fields(data, steps, mesh=(-1, 1, 1), base=process_runs.CHEAP):
+  names = ("mesh.data", "mesh.fsdp", "mesh.model")
+  return base | {
+    "data.data_root": str(data),
+    "training.num_steps": steps,
+    **dict(zip(names, mesh, strict=True)),
+  }
+
+
+def train_here(config_fields, workdir, devices=8):
+  """A run in this process on its first devices; returns its metrics."""
+  make = sharding.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sharding,
+      "make_mesh",
+      lambda **sizes: make(**sizes, devices=jax.devices()[:devices]),
+    )
+    config = process_runs.make_config(config_fields)
+    assert train_loop.train_and_evaluate(config, str(workdir)) == 0
+  return process_runs.logged(workdir)
+
+
+def worst(one, other):
+  """Largest relative difference of the loss over all steps."""
+  assert one.keys() == other.keys() and len(one) > 0
+  return max(
+    abs(one[s]["train/loss"] - other[s]["train/loss"])
+    / abs(one[s]["train/loss"])
+    for s in one
+  )
+
+
+def assert_same_run(one, other, steps):
+  assert len(one) == steps
+  assert worst(one, other) < TOLERANCE
+  last, end = one[steps], other[steps]
+  scores = [name for name in last if name.startswith("val/")]
+  assert scores
+  for name in scores:
+    np.testing.assert_allclose(end[name], last[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+  """The run on one device."""
+  folder = tmp_path_factory.mktemp("alone")
+  return train_here(fields(data, STEPS), folder, devices=1)
+
+
+def test_two_processes_train_what_one_device_trains(data, alone, tmp_path):
+  done = process_runs.train(fields(data, STEPS), tmp_path)
+  assert [code for code, _, _ in done] == [0, 0], done
+  assert "2 process(es), 8 cpu device(s)" in done[0][1]
+  assert done[1][1] == "", "only process 0 reports"
+  assert_same_run(alone, process_runs.logged(tmp_path), STEPS)
+
+
+def test_a_mesh_of_eight_trains_what_one_device_trains(data, alone, tmp_path):
+  found = train_here(fields(data, STEPS, MESHES["2x2x2"]), tmp_path)
+  assert_same_run(alone, found, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("base", ["CHEAP", "COMPLETE"])
+def test_thirty_steps_agree_on_every_mesh(data, tmp_path, base):
+  base, steps = getattr(process_runs, base), 30
+  alone = train_here(fields(data, steps, base=base), tmp_path / "1", devices=1)
+  for name, mesh in MESHES.items():
+    found = train_here(fields(data, steps, mesh, base), tmp_path / name)
+    print(name, worst(alone, found))
+    assert_same_run(alone, found, steps)
+  done = process_runs.train(
+    fields(data, steps, base=base), tmp_path / "two", heartbeat=60
+  )
+  assert [code for code, _, _ in done] == [0, 0], done
+  assert_same_run(alone, process_runs.logged(tmp_path / "two"), steps)
