@@ -24,7 +24,7 @@ RULES = (
   # Vectors, and what is smaller than the message that would gather it.
   (r"(bias|scale|mean|log_std|log_variance|logits)$", ()),
   (r"/(a_log|skip|alpha|taps|cls|registers|slots)$", ()),
-  (r"(^|/)(step|count)$", ()),
+  (r"(^|/)(step|count|recent)$", ()),
   # The head axis of attention, and pairs of products of which the first is
   # split by outputs and the second by inputs: one all-reduce for both.
   (r"_(query|key|value)/kernel$", ("fsdp", "model", None)),

@@ -127,6 +127,19 @@ def damaged(config, run: pathlib.Path, scratch, seed: int) -> dict[str, int]:
   return dict(count)
 
 
+def one_run(killing, start, run, *, kinds, rng, ends) -> None:
+  """Kills a run until it is complete; how its lives ended goes to `ends`."""
+  code = None
+  while code != 0:
+    kind = next(kinds)
+    code = live(killing, start, run, kind, rng)
+    step = len(killing.ledger(run))
+    print(f"{run.name} {kind}: exit {code}, step {step}", flush=True)
+    assert code in (0, 75, -9, -15, 143, -2), (run / "log.txt").read_text()
+    if code:
+      ends[f"{kind} {code}"] += 1
+
+
 def main() -> int:
   options = arguments()
   folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix="chaos"))
@@ -155,16 +168,9 @@ def main() -> int:
     and count["runs"] < options.runs
     and time.monotonic() - began < options.seconds
   ):
-    run, code = folder / f"run{count['runs']}", None
-    while code != 0:
-      kind = next(kinds)
-      code = live(killing, start, run, kind, rng)
-      step = len(killing.ledger(run))
-      print(f"run {count['runs']} {kind}: exit {code}, step {step}", flush=True)
-      assert code in (0, 75, -9, -15, 143, -2), (run / "log.txt").read_text()
-      count["kills"] += code != 0
-      if code:
-        ends[f"{kind} {code}"] += 1
+    run = folder / f"run{count['runs']}"
+    one_run(killing, start, run, kinds=kinds, rng=rng, ends=ends)
+    count["kills"] = ends.total()
     found = killing.in_child(lambda run=run: final(workdir=run), folder)
     same = all(
       np.array_equal(a, b, equal_nan=True)
