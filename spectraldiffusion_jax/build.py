@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from spectraldiffusion_jax import backbone, objective, optim, train_state
+from spectraldiffusion_jax import (
+  backbone,
+  build_spectral,
+  objective,
+  optim,
+  train_state,
+)
 from spectraldiffusion_jax.build_encoder import (
   DTYPES,
   has_field,
@@ -33,12 +39,7 @@ from spectraldiffusion_jax.models import (
   model as model_lib,
 )
 from spectraldiffusion_jax.ops import (
-  affinity,
-  landmarks,
-  partition,
   pseudo_labels,
-  random_partition,
-  vote_partition,
 )
 from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.train_step import LossFn
@@ -68,90 +69,6 @@ def make_decoder(config: ConfigDict) -> nn.Module | None:
   return remat(decoder.SpatialBroadcastDecoder)(
     width=model.decoder_width, dtype=dtype
   )
-
-
-def count_rule(config: ConfigDict, *, default: str) -> str:
-  """How clusters are counted: spectral.count, or a mode's default if auto."""
-  rule = config.spectral.count
-  return default if rule == "auto" else rule
-
-
-def make_partition(config: ConfigDict) -> model_lib.Partitioner:
-  """The batched spectral step: features -> assignment [B K N], active.
-
-  Without `model.use_spectral_init`, random tokens stand in its place.
-  """
-  spectral, slots = config.spectral, config.model.num_slots
-  if not config.model.use_spectral_init:
-    one = functools.partial(
-      random_partition.random_partition,
-      num_slots=slots,
-      field=has_field(config),
-    )
-  elif has_field(config):
-    one = functools.partial(
-      vote_partition.vote_partition,
-      num_slots=slots,
-      sigma=spectral.vote_sigma,
-      threshold=spectral.count_threshold,
-      dense=not spectral.use_power_iteration,
-      count_rule=count_rule(config, default="threshold"),
-    )
-  else:
-    graph = dict(sigma=spectral.sigma, tau=spectral.merge)
-    if config.model.dinov2_model:
-      # Both are colour distances; a backbone's features set their own scale,
-      # and regions only merge until there are no more than slots.
-      graph = dict(sigma=None, tau=0.0)
-    options = {
-      "graph": dict(
-        count_rule=count_rule(config, default="threshold"), **graph
-      ),
-      "fused": dict(
-        scales=spectral.scales,
-        knn_k=spectral.knn_k,
-        count_rule=count_rule(config, default="fixed"),
-      ),
-      "per_scale": dict(
-        scales=spectral.scales,
-        knn_k=spectral.knn_k,
-        k_per_scale=spectral.k_per_scale,
-      ),
-    }
-    one = functools.partial(
-      partition.spectral_partition,
-      num_slots=slots,
-      mode=spectral.mode,
-      **options[spectral.mode],
-    )
-
-  def run(features: Float[Array, "B h w E"]):
-    found = partition.over_images(one)(features)
-    return found.assignment.swapaxes(1, 2), found.active
-
-  return run
-
-
-def make_graph(config: ConfigDict) -> objective.GraphFn:
-  """The graph in which the consistency loss counts modularity."""
-  if has_field(config):
-    return functools.partial(
-      vote_partition.vote_graph, sigma=config.spectral.vote_sigma
-    )
-  if config.model.dinov2_model:
-    return functools.partial(
-      landmarks.fused_graph,
-      scales=config.spectral.scales,
-      knn_k=config.spectral.knn_k,
-    )
-  return functools.partial(affinity.stencil_graph, sigma=config.spectral.sigma)
-
-
-def graph_source(config: ConfigDict) -> str:
-  """What the token graph compares, see `model.graph_features`."""
-  if config.model.dinov2_model:
-    return "backbone"
-  return "field" if has_field(config) else "colour"
 
 
 def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
@@ -193,11 +110,11 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
       model_lib.LearnedPrior(key_dim=mamba.key_dim) if probabilistic else None
     ),
     random_slots=random_slots,
-    partition=None if random_slots else make_partition(config),
+    partition=None if random_slots else build_spectral.make_partition(config),
     stickiness=model.stickiness,
     mirror=model.mirror and has_field(config),
     weight_threshold=mamba.weight_threshold,
-    source=graph_source(config),
+    source=build_spectral.graph_source(config),
   )
 
 
@@ -214,7 +131,7 @@ def make_teacher(
   clean = functools.partial(
     pseudo_labels.pseudo_labels, num=config.model.num_slots - 1
   )
-  free = make_training_free(config)
+  free = build_spectral.make_training_free(config)
 
   def labels(params, image):
     if segment is None:
@@ -232,25 +149,6 @@ def make_teacher(
   return labels
 
 
-def make_training_free(
-  config: ConfigDict,
-) -> Callable[[Float[Array, "B H W 3"]], Array]:
-  """The untrained, colour-only segmentation: images -> labels [B H W] uint8."""
-  side = config.model.image_size // config.model.token_stride
-
-  def labels(image):
-    masks, _ = partition.training_free(
-      image,
-      num_slots=config.model.num_slots,
-      grid=(side, side),
-      sigma=config.spectral.sigma,
-      tau=config.spectral.merge,
-    )
-    return jnp.argmax(masks, axis=0).astype(jnp.uint8)
-
-  return partition.over_images(labels)
-
-
 def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:
   """The objective with the config's weights and composite options."""
   segments, options = config.model.num_slots - 1, config.composite
@@ -264,7 +162,7 @@ def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:
     model,
     composites,
     weights=config.loss_weights.to_dict(),
-    graph_fn=make_graph(config),
+    graph_fn=build_spectral.make_graph(config),
     largest=segments + options.pastes,
   )
 

@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spectraldiffusion_jax.config_kinds import check_kinds, check_present
-from spectraldiffusion_jax.errors import UserError, choose
-from spectraldiffusion_jax.models.vit_variants import VARIANTS
+from spectraldiffusion_jax.config_ranges import check_ranges
+from spectraldiffusion_jax.errors import UserError
 
 MODEL_SECTIONS = ("model.", "spectral.", "mamba_slot.", "diffusion.")
 """Sections that say what a trained model is."""
@@ -37,89 +37,6 @@ FREE = (
 """Fields that may change between a run and its continuation: they say where
 and how fast it runs and when it gives up, never what it computes."""
 
-CHOICES = {
-  "model.encoder": ("unet", "cnn", "vit_tiny"),
-  "model.dinov2_model": ("", *VARIANTS),
-  "model.backbone_features": ("tokens", "keys"),
-  "model.slot_init": ("gaussian", "learned"),
-  "model.slot_update": ("ssm", "gru"),
-  "model.decoder": ("broadcast", "patch_mlp", "none"),
-  "model.compute_dtype": ("float32", "bfloat16"),
-  "logging.keep_best": ("val/ari", "val/fg_ari", "val/mbo", "val/miou", ""),
-  "spectral.mode": ("graph", "fused", "per_scale"),
-  "spectral.count": ("auto", "threshold", "eigengap", "fixed"),
-  "diffusion.denoiser": ("compositional", "cross_attention"),
-  "training.remat": ("none", "dots", "full"),
-}
-
-POSITIVE = (
-  "model.image_size",
-  "model.num_slots",
-  "model.slot_dim",
-  "model.width",
-  "model.num_iterations",
-  "model.token_stride",
-  "model.decoder_width",
-  "spectral.k_per_scale",
-  "spectral.knn_k",
-  "spectral.sigma",
-  "spectral.vote_sigma",
-  "mamba_slot.d_state",
-  "mamba_slot.key_dim",
-  "diffusion.latent_dim",
-  "diffusion.num_timesteps",
-  "diffusion.num_inference_steps",
-  "diffusion.width",
-  "training.batch_size",
-  "training.learning_rate",
-  "training.gradient_accumulation",
-  "data.max_pixels",
-  "logging.log_interval",
-  "logging.val_interval",
-  "logging.save_interval",
-  "logging.keep_last",
-)
-
-NOT_NEGATIVE = (
-  "loss_weights.",
-  "seed",
-  "model.backbone_size",
-  "model.backbone_trainable",
-  "diffusion.num_tokens",
-  "model.stickiness",
-  "spectral.merge",
-  "mamba_slot.weight_threshold",
-  "training.num_epochs",
-  "training.num_steps",
-  "training.warmup_epochs",
-  "training.weight_decay",
-  "training.grad_clip",
-  "training.max_skips",
-  "training.max_rollbacks",
-  "training.max_loss_ratio",
-  "data.num_workers",
-  "data.num_threads",
-  "data.max_objects",
-  "logging.keep_every",
-  "logging.image_interval",
-  "composite.rounds",
-  "composite.pastes",
-)
-
-SHARES = (
-  "augment.brightness",
-  "augment.contrast",
-  "augment.flip",
-  "augment.grayscale",
-  "augment.saturation",
-  "composite.rate",
-  "composite.grey_object",
-  "composite.trust",
-  "data.extra_share",
-  "spectral.count_threshold",
-)
-"""Probabilities and parts of a whole, 0 to 1."""
-
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Yields ("section.field", value), tuples as lists."""
@@ -137,7 +54,7 @@ def validate(config: ConfigDict) -> None:
   values = dict(flatten(config))
   check_present(values, [""])
   check_kinds(values)
-  _check_ranges(values)
+  check_ranges(values)
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
   if config.model.backbone_scan and config.model.backbone_trainable:
@@ -175,28 +92,10 @@ def validate_model(config: ConfigDict, *, also: tuple[str, ...] = ()) -> None:
   values = dict(flatten(config))
   check_present(values, (*MODEL_SECTIONS, *also))
   check_kinds(values)
-  _check_ranges(
+  check_ranges(
     {k: v for k, v in values.items() if k.startswith(MODEL_SECTIONS)}
   )
   _check_tiling(config)
-
-
-def _check_ranges(values: Mapping[str, Any]) -> None:
-  """Raises a UserError for the first value out of its range."""
-  for name, value in values.items():
-    if name in CHOICES:
-      choose(name, value, dict.fromkeys(CHOICES[name]))
-    elif name in POSITIVE and not value > 0:
-      raise UserError(f"{name}={value} has to be greater than 0")
-    elif name.startswith(NOT_NEGATIVE) and not value >= 0:
-      raise UserError(f"{name}={value} must not be negative")
-    elif name in SHARES and not 0 <= value <= 1:
-      raise UserError(f"{name}={value} is not in 0..1")
-  scales = values["spectral.scales"]
-  if not scales or min(scales) < 1:
-    raise UserError(
-      f"spectral.scales={tuple(scales)} has to hold positive sizes"
-    )
 
 
 def _check_tiling(config: ConfigDict) -> None:

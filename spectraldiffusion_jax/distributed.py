@@ -81,6 +81,21 @@ def start(
     if coordinator
     else {}
   )
+  _join(explicit, num_processes, initialization_timeout, heartbeat_timeout)
+  if num_processes not in (0, jax.process_count()):
+    raise UserError(
+      f"--num_processes={num_processes}, but the cluster has "
+      f"{jax.process_count()} processes"
+    )
+
+
+def _join(
+  explicit: dict,
+  num_processes: int,
+  initialization_timeout: int,
+  heartbeat_timeout: int,
+) -> None:
+  """Starts jax.distributed; its failures as UserErrors, see `start`."""
   began = time.monotonic()
   try:
     with warnings.catch_warnings():
@@ -105,11 +120,6 @@ def start(
       f" (--initialization_timeout={initialization_timeout}): "
       f"{str(error).splitlines()[0][:200]}"
     ) from None
-  if num_processes not in (0, jax.process_count()):
-    raise UserError(
-      f"--num_processes={num_processes}, but the cluster has "
-      f"{jax.process_count()} processes"
-    )
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:

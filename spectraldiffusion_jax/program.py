@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from spectraldiffusion_jax import (
   build,
+  build_spectral,
   evaluate,
   optim,
   rounds,
@@ -127,7 +128,7 @@ class Program:
       for segment in (None, eval_step)
     ]
     self.training_free = jax.jit(
-      build.make_training_free(self.config),
+      build_spectral.make_training_free(self.config),
       in_shardings=self._rows,
       out_shardings=self._rows,
     )

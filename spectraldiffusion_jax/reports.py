@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from spectraldiffusion_jax import (
-  build,
+  build_spectral,
   distributed,
   evaluate,
   segmenter,
@@ -78,34 +78,40 @@ def evaluate_run(
   )
   run = functools.partial(evaluate.evaluate, batches=split_batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  params = jax.device_put(
-    jax.device_get(model.params), sharding.replicated(mesh)
-  )
+  everywhere = sharding.replicated(mesh)
+  params = jax.device_put(jax.device_get(model.params), everywhere)
   trained = run(functools.partial(jit(model.labels), params))
-  free = run(jit(build.make_training_free(model.config)))
-  print(
-    evaluate.table({"model": trained.summary, "training-free": free.summary})
-  )
-  report = (
+  free = run(jit(build_spectral.make_training_free(model.config)))
+  columns = {"model": trained.summary, "training-free": free.summary}
+  print(evaluate.table(columns))
+  report = _report(trained, free) | {
+    "dataset": dataset,
+    "split": split,
+    "workdir": workdir,
+    "settings": list(settings),
+  }
+  if jax.process_index() == 0:
+    path = output / evaluate.report_name(dataset, split)
+    evaluate.write_report(path, report)
+    print(f"written to {path}")
+  return report
+
+
+def _report(
+  trained: evaluate.Evaluation, free: evaluate.Evaluation
+) -> dict[str, float | str]:
+  """The scores of both, how they differ, and what ran where."""
+  return (
     trained.summary
     | paired(trained, free)
+    | {f"{k}_training_free": free.summary[k] for k in COMPARED}
     | {
-      **{f"{k}_training_free": free.summary[k] for k in COMPARED},
-      "dataset": dataset,
-      "split": split,
-      "workdir": workdir,
-      "settings": list(settings),
       "seconds": round(trained.seconds, 3),
       "version": __version__,
       "jax": jax.__version__,
       "device": jax.devices()[0].device_kind,
     }
   )
-  if jax.process_index() == 0:
-    path = output / evaluate.report_name(dataset, split)
-    evaluate.write_report(path, report)
-    print(f"written to {path}")
-  return report
 
 
 def batches(config, dataset, split, data_root, *, batch_size, mesh):

@@ -21,7 +21,7 @@ LAYERS = [
     types errors version
     ops
     data models losses metrics colours
-    panoptic sheet diagnostics config_kinds
+    panoptic sheet diagnostics config_kinds config_ranges
     pseudo_classes visualise
     optim sharding writers config weights pth prefetch retention
     distributed replicas
@@ -29,6 +29,7 @@ LAYERS = [
     train_step
     objective convert build_encoder
     backbone
+    build_spectral
     evaluate build
     rounds
     program

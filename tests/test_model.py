@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default, procedural
-from spectraldiffusion_jax import build, evaluate
+from spectraldiffusion_jax import build, build_spectral, evaluate
 from spectraldiffusion_jax.models import model as model_lib
 from spectraldiffusion_jax.train_state import stream_keys
 
@@ -205,7 +205,7 @@ def test_the_config_says_how_slots_are_counted():
   features[0, 5:8, 5:8, 1:] = 5.0
 
   def slots(count):
-    run = build.make_partition(small(spectral__count=count))
+    run = build_spectral.make_partition(small(spectral__count=count))
     return int(jax.jit(run)(features)[1].sum())
 
   assert slots("auto") == slots("threshold") == 3 and slots("fixed") == 5

@@ -16,6 +16,7 @@ from configs import cityscapes, clevr
 from spectraldiffusion_jax import (
   build,
   build_encoder,
+  build_spectral,
   checkpoint,
   convert,
   optim,
@@ -141,7 +142,7 @@ def test_every_mode_tells_two_kinds_of_tokens_apart(mode):
   tokens = kinds[side] + 0.1 * rng.normal(size=(6, 9, 32))
   tokens = tokens - tokens.mean((0, 1))
   tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
-  run = jax.jit(build.make_partition(config))
+  run = jax.jit(build_spectral.make_partition(config))
   share, active = run(jnp.float32(tokens[None]))
   label = np.asarray(share)[0].argmax(0).reshape(6, 9)
   assert active.shape == (1, 4) and active[0].sum() >= 2

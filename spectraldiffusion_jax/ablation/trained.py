@@ -11,7 +11,14 @@ from collections.abc import Sequence
 
 import jax
 
-from spectraldiffusion_jax import build, evaluate, reports, segmenter, sharding
+from spectraldiffusion_jax import (
+  build_spectral,
+  evaluate,
+  reports,
+  segmenter,
+  sharding,
+  workdir,
+)
 from spectraldiffusion_jax.ablation import cells as cells_lib
 from spectraldiffusion_jax.ablation import one, report, runner
 from spectraldiffusion_jax.errors import UserError
@@ -78,31 +85,38 @@ def run(
     batch_size=0,
     mesh=mesh,
   )
-  params = jax.device_put(model.params, sharding.replicated(mesh))
-  jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  # Results of one folder are of one model on one split.
-  split = f"{trained} on {split}"
-  for i, cell in enumerate(chosen):
-    print(f"cell {i + 1} of {len(chosen)}: {cell.name}", flush=True)
-    config = cells_lib.configure(model.config, cell, model.config.seed)
-    place = runner.folder_of(folder, cell.name, config.seed)
-    runner.claim(place, config, split)
-    if (place / one.RESULT).exists():
-      continue
-    step = jit(segmenter.Segmenter(config, model.params).labels)
-    functions = {"trained": functools.partial(step, params)}
-    if cell.name == cells_lib.FULL:
-      functions["training_free"] = jit(build.make_training_free(config))
-    found = {
-      name: evaluate.evaluate(function, batches, mesh=mesh)
-      for name, function in functions.items()
-    }
-    result = {
-      "scores": {name: one.per_image(f.scores) for name, f in found.items()},
-      "split": split,
-      "seconds": found["trained"].seconds,
-    }
-    (place / one.RESULT).write_text(json.dumps(result))
-    report.write(runner.collect(folder, split), folder)
-  print(report.write(runner.collect(folder, split), folder))
+  with workdir.locked(folder):
+    # Results of one folder are of one model on one split.
+    scored = f"{trained} on {split}"
+    for i, cell in enumerate(chosen):
+      print(f"cell {i + 1} of {len(chosen)}: {cell.name}", flush=True)
+      config = cells_lib.configure(model.config, cell, model.config.seed)
+      place = runner.folder_of(folder, cell.name, config.seed)
+      runner.claim(place, config, scored)
+      if not (place / one.RESULT).exists():
+        result = _score(
+          config, model.params, batches, mesh, free=cell.name == cells_lib.FULL
+        )
+        result["split"] = scored
+        (place / one.RESULT).write_text(json.dumps(result))
+      table = report.write(runner.collect(folder, scored), folder)
+  print(table)
   return 0
+
+
+def _score(config, params, batches, mesh, *, free: bool) -> dict:
+  """Scores of these parameters under this config, image by image."""
+  jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
+  step = jit(segmenter.Segmenter(config, params).labels)
+  params = jax.device_put(params, sharding.replicated(mesh))
+  functions = {"trained": functools.partial(step, params)}
+  if free:
+    functions["training_free"] = jit(build_spectral.make_training_free(config))
+  found = {
+    name: evaluate.evaluate(function, batches, mesh=mesh)
+    for name, function in functions.items()
+  }
+  return {
+    "scores": {name: one.per_image(f.scores) for name, f in found.items()},
+    "seconds": found["trained"].seconds,
+  }
