@@ -97,7 +97,7 @@ class Overflowing:
     )
 
 
-def test_an_overflow_is_a_verdict_with_remedies(found):
+def test_an_overflow_is_a_verdict_with_remedies():
   chip = topology.CHIPS["v5e"]
   place = topology.Topology("v5e:2x4", [None] * 8, chip)
   step = report.measure("train", Overflowing(), (), place)
