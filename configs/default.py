@@ -25,9 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
   model.backbone_size = 0  # pixels, backbone input side; 0 = nearest multiple
   model.backbone_features = "tokens"  # tokens | keys, of the last block [here]
   model.backbone_trainable = 0  # last blocks that train; 0 = frozen [here]
-  model.backbone_scan = (
-    False  # one program for all blocks: compiles fast [here]
-  )
+  model.backbone_scan = False  # frozen blocks as one program: quick [here]
   model.encoder = "unet"  # unet | cnn | vit_tiny, when dinov2_model is ""
   model.width = 24  # channels of the encoder's finest level [here]
   # Pixels a side of one slot-attention token, or, with a backbone, which has
