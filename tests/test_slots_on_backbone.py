@@ -121,6 +121,8 @@ def test_a_step_trains_the_slots_and_the_last_blocks_alone(
     model__image_size=side,
     model__backbone_trainable=last,
     model__slot_update="gru",
+    model__use_spectral_init=False,  # test_configs.py steps with it
+    mamba_slot__use_gmm_prior=False,
     mamba_slot__use_spatial_fusion=False,
   )
   _, tx, create, step = make_step(config, **fields)
@@ -133,7 +135,7 @@ def test_a_step_trains_the_slots_and_the_last_blocks_alone(
   moved = {k for k in before if before[k].tobytes() != after[k].tobytes()}
   inside = {k for k in moved if k.startswith("encoder/vit/")}
   assert {k.split("/")[2] for k in inside} == tuned
-  assert {"to_keys/kernel", "attention/value/kernel"} <= moved - inside
+  assert "attention/value/kernel" in moved
   kernels = {k for k in before if k.endswith("kernel") and "/vit/" not in k}
   assert kernels <= moved
 
