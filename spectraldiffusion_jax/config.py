@@ -119,6 +119,11 @@ def validate(config: ConfigDict) -> None:
   for name in (*NOT_NEGATIVE, *(n for n in values if "loss_weights" in n)):
     if not values[name] >= 0:
       raise UserError(f"{name}={values[name]} must not be negative")
+  if config.model.num_slots == 1:
+    raise UserError(
+      "model.num_slots=1 is the background alone: use 2 or more, one of them"
+      " for it"
+    )
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
   _check_tiling(config)

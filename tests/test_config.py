@@ -34,6 +34,7 @@ def test_the_default_and_every_variant_are_valid_and_locked():
     ("model.encoder", "unett", "model.encoder.*did you mean 'unet'"),
     ("model.image_size", 100, "image_size=100 cannot be tiled.*example 96"),
     ("model.num_slots", 0, "model.num_slots=0 has to be greater"),
+    ("model.num_slots", 1, "model.num_slots=1 is the background alone"),
     ("model.dinov2_model", "dinov2_vitb14", "not built yet"),
     ("model.token_stride", 16, "token_stride=16"),
     ("training.learning_rate", float("nan"), "learning_rate=nan"),
