@@ -55,6 +55,11 @@ def validate(config: ConfigDict) -> None:
   check_present(values, [""])
   check_kinds(values)
   check_ranges(values)
+  if config.model.num_slots == 1:
+    raise UserError(
+      "model.num_slots=1 is the background alone: use 2 or more, one of them"
+      " for it"
+    )
   if not (config.training.num_steps or config.training.num_epochs):
     raise UserError("training.num_steps and training.num_epochs are both 0")
   if config.model.backbone_scan and config.model.backbone_trainable:

@@ -67,9 +67,8 @@ def made(num_slots):
   return config, params, lambda rows: loss(params, rows, rngs)
 
 
-@pytest.mark.parametrize("num_slots", [1, 11])
-def test_loss_and_gradients_stay_finite(num_slots):
-  (total, metrics), grads = made(num_slots)[2](batch())
+def test_loss_and_gradients_stay_finite():
+  (total, metrics), grads = made(11)[2](batch())
   assert np.isfinite(total)
   assert all(np.isfinite(value) for value in metrics.values()), metrics
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -83,16 +82,15 @@ def test_nan_in_an_image_is_seen_and_not_hidden():
   assert not np.isfinite(total)
 
 
-@pytest.mark.parametrize("num_slots", [1, 11])
-def test_images_of_any_kind_get_masks_that_are_a_partition(num_slots):
-  config, params, _ = made(num_slots)
+def test_images_of_any_kind_get_masks_that_are_a_partition():
+  config, params, _ = made(11)
   pixel = np.full((1, 1, 3), 200, np.uint8)
   line = np.zeros((1, 40), np.uint8)
   images = [*batch()["image"], pixel, line]
   found = segmenter.Segmenter(config, params).segment(images, batch_size=7)
   for image, one in zip(images, found, strict=True):
     assert one.labels.shape == image.shape[:2]
-    assert 0 <= one.labels.min() and one.labels.max() < num_slots
+    assert 0 <= one.labels.min() and one.labels.max() < 11
     assert np.isfinite(one.masks).all() and (one.masks >= 0).all()
     np.testing.assert_allclose(one.masks.sum(0), 1.0, atol=1e-4)
 

@@ -42,6 +42,7 @@ def test_the_default_and_every_variant_are_valid_and_locked():
     ("model.encoder", "unett", "model.encoder.*did you mean 'unet'"),
     ("model.image_size", 100, "image_size=100 cannot be tiled.*example 96"),
     ("model.num_slots", 0, "model.num_slots=0 has to be greater"),
+    ("model.num_slots", 1, "model.num_slots=1 is the background alone"),
     ("model.dinov2_model", "dinov2_vitb16", "did you mean 'dinov[23]_vitb1"),
     ("model.backbone_features", "values", "not one of tokens, keys"),
     ("model.backbone_trainable", -1, "must not be negative"),
