@@ -192,10 +192,11 @@ def ablate(monkeypatch, folder, *, codes=(), seeds=2, split="test", **fields):
   return code, runs.done
 
 
+@pytest.mark.parametrize("stopped", [75, 143, -9])
 def test_finished_cells_are_kept_and_a_stopped_one_comes_again(
-  monkeypatch, tmp_path, capsys
+  monkeypatch, tmp_path, capsys, stopped
 ):
-  code, done = ablate(monkeypatch, tmp_path, codes=[0, 75])
+  code, done = ablate(monkeypatch, tmp_path, codes=[0, stopped])
   assert code == 75 and done == ["full-0", "gru_update-0"]
   assert "gru_update" not in (tmp_path / "ablation.md").read_text()
   code, done = ablate(monkeypatch, tmp_path)
