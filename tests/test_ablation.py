@@ -7,10 +7,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from configs import clevr, default, procedural
+from spectraldiffusion_jax import build, train_state
 from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax.ablation import (
   cells,
@@ -60,6 +62,20 @@ def test_every_cell_is_a_valid_config_that_differs_as_listed(config, name):
   assert made.seed == 7 and config.seed == 0
   if name not in ("full", *(f"phase{i}" for i in range(1, 5))):
     assert changed - {"seed"}, "the switch is off already"
+
+
+@pytest.mark.parametrize("name", ["no_gmm_prior", "phase3", "phase4"])
+def test_cells_without_a_field_or_a_mixture_can_be_trained(name):
+  config = cells.configure(procedural.get_config(), cells.CELLS[name], 0)
+  model = build.make_model(config)
+  shapes = jax.eval_shape(
+    lambda image, labels: model.init_with_output(
+      train_state.stream_keys(0, 0), image, labels, label_slots=4, train=True
+    )[0],
+    jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32),
+    jax.ShapeDtypeStruct((2, 64, 64), np.int32),
+  )
+  assert shapes.masks.shape == (2, 4, 64, 64)
 
 
 def test_a_wrong_name_is_refused_and_the_right_one_proposed():
