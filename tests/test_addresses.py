@@ -1,4 +1,4 @@
-"""`W@best`, `W@latest` and `W@STEP`: which parameters a reader gets."""
+"""Which parameters a reader gets: `W@best`, `W@latest` and `W@STEP`."""
 
 import json
 

@@ -82,7 +82,7 @@ def _run_all(plan, configs, folder, split) -> int:
     spent.append(time.monotonic() - start)
     if code == train_loop.DIVERGED:
       _note_divergence(here, split)
-    elif code == train_loop.EXIT_CODE or code < 0:
+    elif code == train_loop.EXIT_CODE or code < 0 or code > 128:
       print(f"stopped; start again to go on with {cell.name}, seed {seed}")
       return train_loop.EXIT_CODE
     elif code:

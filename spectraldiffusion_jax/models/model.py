@@ -243,6 +243,12 @@ class SpectralDiffusion(nn.Module):
       )
       masks = masks.reshape(*masks.shape[:2], *size)
     else:
-      masks = slots.attention if decoded is None else decoded.masks
+      masks = slots.attention
+      # A diffusion decoder in training sees no more than some of the tokens.
+      whole = decoded is not None and (
+        decoded.masks.ndim == 4 or decoded.masks.shape == masks.shape
+      )
+      if whole and features.field is None:
+        masks = decoded.masks
       masks = masks if masks.ndim == 4 else upsample(masks, grid, size)
     return sharpen(image, masks, self.stickiness) if self.stickiness else masks
