@@ -288,12 +288,8 @@ class Checkpoints:
       if target.exists():
         shutil.rmtree(target)
       shutil.move(self.folder / str(step), target)
-    logging.warning(
-      "checkpoint %d is damaged (%s); kept in %s, falling back",
-      step,
-      reason,
-      target,
-    )
+    message = "checkpoint %d is damaged (%s); kept in %s, falling back"
+    logging.warning(message, step, reason, target)
 
 
 def _first_line(error: Exception) -> str:

@@ -171,7 +171,25 @@ def fused_graph(
   if compress and tokens.shape[1] > basis[0] * basis[1]:
     tokens = compressed(tokens, grid=grid)
   grids = scale_grids(grid, scales=scales)
-  parts, before, parents = [], None, None
+  searched = _searches(tokens, grid, grids, knn_k, nearest, beam)
+  parts = [
+    landmark_shares(
+      cosine, index, count=pooled[0] * pooled[1], temperature=temperature
+    )
+    for pooled, (cosine, index) in zip(grids, searched, strict=True)
+  ]
+  share = len(grids) ** -0.5
+  return LandmarkGraph(
+    tuple(
+      part._replace(weight=share * part.weight, total=share * part.total)
+      for part in parts
+    )
+  )
+
+
+def _searches(tokens, grid, grids, knn_k, nearest, beam):
+  """Cosines and places of each token's landmarks, a pair for every scale."""
+  before, parents = None, None
   for pooled in grids:
     own, count = pooled == grid, pooled[0] * pooled[1]
     k = knn_k if own else nearest
@@ -183,18 +201,7 @@ def fused_graph(
       width = max(k, beam)
     cosine, index = _search(tokens, anchors, candidates, k=width, own=own)
     before, parents = pooled, index
-    parts.append(
-      landmark_shares(
-        cosine[:, :k], index[:, :k], count=count, temperature=temperature
-      )
-    )
-  share = len(grids) ** -0.5
-  return LandmarkGraph(
-    tuple(
-      part._replace(weight=share * part.weight, total=share * part.total)
-      for part in parts
-    )
-  )
+    yield cosine[:, :k], index[:, :k]
 
 
 def _divides(coarse: tuple[int, int] | None, fine: tuple[int, int]) -> bool:

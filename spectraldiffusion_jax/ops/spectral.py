@@ -191,14 +191,10 @@ def leading_eigenpairs(
   columns = min(count + oversample, size) - 1
   pairs = Eigenpairs(jnp.ones(1, lead.dtype), lead[:, None])
   if columns > 0:
-    block = jnp.asarray(gaussian_block(size, columns, seed=seed))
-    if start is not None:
-      start = start[:, :columns]
-      block = block.at[:, : start.shape[1]].set(start)
     found = _filtered_iteration(
       matvec,
       lead,
-      block,
+      _start_block(size, columns, start, seed=seed),
       rounds=rounds,
       degree=degree,
       low=low,
@@ -213,6 +209,15 @@ def leading_eigenpairs(
     jnp.pad(pairs.value, (0, spare), mode="edge")[:count],
     jnp.pad(pairs.vector, ((0, 0), (0, spare)))[:, :count],
   )
+
+
+def _start_block(size, columns, start, *, seed) -> Float[Array, "N P"]:
+  """Random columns, the first of them replaced by guesses."""
+  block = jnp.asarray(gaussian_block(size, columns, seed=seed))
+  if start is None:
+    return block
+  start = start[:, :columns]
+  return block.at[:, : start.shape[1]].set(start)
 
 
 def _filtered_iteration(
