@@ -58,15 +58,13 @@ def evaluate_run(
   model = segmenter.load(workdir)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  batches = distributed.first_alone(
-    lambda: _batches(
-      model.config,
-      dataset,
-      split,
-      data_root or model.config.data.data_root,
-      batch_size=batch_size,
-      mesh=mesh,
-    )
+  batches = _batches(
+    model.config,
+    dataset,
+    split,
+    data_root or model.config.data.data_root,
+    batch_size=batch_size,
+    mesh=mesh,
   )
   run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
@@ -105,7 +103,8 @@ def _batches(config, dataset, split, data_root, *, batch_size, mesh):
   size = batch_size or config.training.batch_size
   rows = sharding.batch_rows(mesh)
   index, count = sharding.row_share(mesh)
-  return pipeline.make_eval(
+  make = functools.partial(
+    pipeline.make_eval,
     dataset=dataset,
     split=split,
     data_root=data_root,
@@ -118,6 +117,7 @@ def _batches(config, dataset, split, data_root, *, batch_size, mesh):
     process_index=index,
     process_count=count,
   )
+  return distributed.first_alone(make)
 
 
 def crop_for(dataset: str, data) -> tuple[int, int, int, int] | None:
