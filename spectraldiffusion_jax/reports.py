@@ -68,14 +68,12 @@ def evaluate_run(
   )
   run = functools.partial(evaluate.evaluate, batches=batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
-  params = jax.device_put(
-    jax.device_get(model.params), sharding.replicated(mesh)
-  )
+  here = jax.device_get(model.params)
+  params = jax.device_put(here, sharding.replicated(mesh))
   trained = run(functools.partial(jit(model.labels), params))
   free = run(jit(build.make_training_free(model.config)))
-  print(
-    evaluate.table({"model": trained.summary, "training-free": free.summary})
-  )
+  shown = {"model": trained.summary, "training-free": free.summary}
+  print(evaluate.table(shown))
   report = (
     trained.summary
     | paired(trained, free)
