@@ -121,7 +121,8 @@ def batches(config, dataset, split, data_root, *, batch_size, mesh):
   size = batch_size or config.training.batch_size
   rows = sharding.batch_rows(mesh)
   index, count = sharding.row_share(mesh)
-  return pipeline.make_eval(
+  make = functools.partial(
+    pipeline.make_eval,
     dataset=dataset,
     split=split,
     data_root=data_root,
@@ -135,6 +136,7 @@ def batches(config, dataset, split, data_root, *, batch_size, mesh):
     process_index=index,
     process_count=count,
   )
+  return distributed.first_alone(make)
 
 
 def crop_for(dataset: str, data) -> tuple[int, int, int, int] | None:
