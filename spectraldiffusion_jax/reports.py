@@ -54,10 +54,7 @@ def evaluate_run(
   Raises:
     UserError: run, data set or split do not exist.
   """
-  model = segmenter.load(workdir)
-  if settings:
-    changed = config_lib.override(model.config, settings)
-    model = segmenter.Segmenter(changed, model.params)
+  model = _load(workdir, settings)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
   batches = _batches(
@@ -96,6 +93,13 @@ def evaluate_run(
     evaluate.write_report(path, report)
     print(f"written to {path}")
   return report
+
+
+def _load(workdir, settings):
+  """The run's model, with other settings if there are any."""
+  model = segmenter.load(workdir)
+  changed = config_lib.override(model.config, settings)
+  return segmenter.Segmenter(changed, model.params) if settings else model
 
 
 def _batches(config, dataset, split, data_root, *, batch_size, rows):

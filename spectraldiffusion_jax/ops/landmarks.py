@@ -163,13 +163,7 @@ def fused_graph(
     A graph with one factor per scale, the coarsest first.
   """
   grid = features.shape[:2]
-  size = grid[0] * grid[1]
-  mean = jnp.mean(features, axis=(0, 1), keepdims=True)
-  features = features - mean * float(centre)
-  tokens = unit_rows(features.reshape(size, -1))
-  basis = scale_grids(grid, scales=(BASIS_ROWS,))[0]
-  if compress and tokens.shape[1] > basis[0] * basis[1]:
-    tokens = compressed(tokens, grid=grid)
+  tokens = _prepared(features, centre=centre, compress=compress)
   grids = scale_grids(grid, scales=scales)
   parts, before, parents = [], None, None
   for pooled in grids:
@@ -188,13 +182,30 @@ def fused_graph(
         cosine[:, :k], index[:, :k], count=count, temperature=temperature
       )
     )
-  share = len(grids) ** -0.5
+  return _averaged(parts)
+
+
+def _averaged(parts):
+  """The mean of the graphs of single factors."""
+  share = len(parts) ** -0.5
   return LandmarkGraph(
     tuple(
       part._replace(weight=share * part.weight, total=share * part.total)
       for part in parts
     )
   )
+
+
+def _prepared(features, *, centre, compress):
+  """Unit tokens, compressed if that makes them shorter."""
+  grid = features.shape[:2]
+  mean = jnp.mean(features, axis=(0, 1), keepdims=True)
+  features = features - mean * float(centre)
+  tokens = unit_rows(features.reshape(grid[0] * grid[1], -1))
+  basis = scale_grids(grid, scales=(BASIS_ROWS,))[0]
+  if compress and tokens.shape[1] > basis[0] * basis[1]:
+    return compressed(tokens, grid=grid)
+  return tokens
 
 
 def _divides(coarse: tuple[int, int] | None, fine: tuple[int, int]) -> bool:
