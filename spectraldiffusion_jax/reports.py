@@ -60,21 +60,16 @@ def evaluate_run(
   Raises:
     UserError: run, data set or split do not exist.
   """
-  model = segmenter.load(workdir)
-  if settings:
-    changed = config_lib.override(model.config, settings)
-    model = segmenter.Segmenter(changed, model.params)
+  model = _load(workdir, settings)
   dataset = dataset or model.config.data.dataset
   mesh = sharding.make_mesh(data=-1)
-  split_batches = distributed.first_alone(
-    lambda: batches(
-      model.config,
-      dataset,
-      split,
-      data_root or model.config.data.data_root,
-      batch_size=batch_size,
-      mesh=mesh,
-    )
+  split_batches = batches(
+    model.config,
+    dataset,
+    split,
+    data_root or model.config.data.data_root,
+    batch_size=batch_size,
+    mesh=mesh,
   )
   run = functools.partial(evaluate.evaluate, batches=split_batches, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
@@ -95,6 +90,13 @@ def evaluate_run(
     evaluate.write_report(path, report)
     print(f"written to {path}")
   return report
+
+
+def _load(workdir, settings):
+  """The run's model, with other settings if there are any."""
+  model = segmenter.load(workdir)
+  changed = config_lib.override(model.config, settings)
+  return segmenter.Segmenter(changed, model.params) if settings else model
 
 
 def _report(

@@ -163,33 +163,9 @@ def fused_graph(
     A graph with one factor per scale, the coarsest first.
   """
   grid = features.shape[:2]
-  size = grid[0] * grid[1]
-  mean = jnp.mean(features, axis=(0, 1), keepdims=True)
-  features = features - mean * float(centre)
-  tokens = unit_rows(features.reshape(size, -1))
-  basis = scale_grids(grid, scales=(BASIS_ROWS,))[0]
-  if compress and tokens.shape[1] > basis[0] * basis[1]:
-    tokens = compressed(tokens, grid=grid)
+  tokens = _prepared(features, centre=centre, compress=compress)
   grids = scale_grids(grid, scales=scales)
-  searched = _searches(tokens, grid, grids, knn_k, nearest, beam)
-  parts = [
-    landmark_shares(
-      cosine, index, count=pooled[0] * pooled[1], temperature=temperature
-    )
-    for pooled, (cosine, index) in zip(grids, searched, strict=True)
-  ]
-  share = len(grids) ** -0.5
-  return LandmarkGraph(
-    tuple(
-      part._replace(weight=share * part.weight, total=share * part.total)
-      for part in parts
-    )
-  )
-
-
-def _searches(tokens, grid, grids, knn_k, nearest, beam):
-  """Cosines and places of each token's landmarks, a pair for every scale."""
-  before, parents = None, None
+  parts, before, parents = [], None, None
   for pooled in grids:
     own, count = pooled == grid, pooled[0] * pooled[1]
     k = knn_k if own else nearest
@@ -201,7 +177,35 @@ def _searches(tokens, grid, grids, knn_k, nearest, beam):
       width = max(k, beam)
     cosine, index = _search(tokens, anchors, candidates, k=width, own=own)
     before, parents = pooled, index
-    yield cosine[:, :k], index[:, :k]
+    parts.append(
+      landmark_shares(
+        cosine[:, :k], index[:, :k], count=count, temperature=temperature
+      )
+    )
+  return _averaged(parts)
+
+
+def _averaged(parts):
+  """The mean of the graphs of single factors."""
+  share = len(parts) ** -0.5
+  return LandmarkGraph(
+    tuple(
+      part._replace(weight=share * part.weight, total=share * part.total)
+      for part in parts
+    )
+  )
+
+
+def _prepared(features, *, centre, compress):
+  """Unit tokens, compressed if that makes them shorter."""
+  grid = features.shape[:2]
+  mean = jnp.mean(features, axis=(0, 1), keepdims=True)
+  features = features - mean * float(centre)
+  tokens = unit_rows(features.reshape(grid[0] * grid[1], -1))
+  basis = scale_grids(grid, scales=(BASIS_ROWS,))[0]
+  if compress and tokens.shape[1] > basis[0] * basis[1]:
+    return compressed(tokens, grid=grid)
+  return tokens
 
 
 def _divides(coarse: tuple[int, int] | None, fine: tuple[int, int]) -> bool:

@@ -165,8 +165,7 @@ def leading_eigenpairs(
   """Leading eigenpairs of a normalised operator, the first one exact.
 
   Chebyshev-filtered block iteration orthogonal to `lead`; each round damps
-  [low, smallest Ritz value of the block], so `degree * rounds` products act
-  like many times as many plain power steps.
+  [low, smallest Ritz value of the block].
 
   Args:
     matvec: Symmetric operator on blocks, spectrum in [-1, 1].
@@ -178,10 +177,8 @@ def leading_eigenpairs(
     degree: Operator products per filter, at most 16.
     low: Lower end of the spectrum: -1, or 0 if positive semi-definite.
     seed: Of the start block.
-    start: Guesses of the leading eigenvectors but the first, best first, in
-      the place of as many columns of the random start block.
-    tolerance: Stop when no wanted pair but the last has a larger residual
-      |A u - l u|; the last closes the gap, and its eigenvalue alone is used.
+    start: Guesses of the leading eigenvectors but the first, best first.
+    tolerance: Stop when no wanted pair but the last has a larger residual.
 
   Returns:
     `count` pairs; beyond the number of tokens the vectors are zero and the
@@ -191,16 +188,13 @@ def leading_eigenpairs(
   columns = min(count + oversample, size) - 1
   pairs = Eigenpairs(jnp.ones(1, lead.dtype), lead[:, None])
   if columns > 0:
-    found = _filtered_iteration(
-      matvec,
-      lead,
-      _start_block(size, columns, start, seed=seed),
-      rounds=rounds,
-      degree=degree,
-      low=low,
-      tolerance=tolerance,
-      watched=max(min(count - 2, columns), 1),
-    )
+    block = jnp.asarray(gaussian_block(size, columns, seed=seed))
+    if start is not None:
+      start = start[:, :columns]
+      block = block.at[:, : start.shape[1]].set(start)
+    options = dict(rounds=rounds, degree=degree, low=low, tolerance=tolerance)
+    options["watched"] = max(min(count - 2, columns), 1)
+    found = _filtered_iteration(matvec, lead, block, **options)
     pairs = jax.tree.map(
       lambda a, b: jnp.concatenate([a, b], axis=-1), pairs, found
     )
@@ -209,15 +203,6 @@ def leading_eigenpairs(
     jnp.pad(pairs.value, (0, spare), mode="edge")[:count],
     jnp.pad(pairs.vector, ((0, 0), (0, spare)))[:, :count],
   )
-
-
-def _start_block(size, columns, start, *, seed) -> Float[Array, "N P"]:
-  """Random columns, the first of them replaced by guesses."""
-  block = jnp.asarray(gaussian_block(size, columns, seed=seed))
-  if start is None:
-    return block
-  start = start[:, :columns]
-  return block.at[:, : start.shape[1]].set(start)
 
 
 def _filtered_iteration(
