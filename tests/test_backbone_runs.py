@@ -84,7 +84,9 @@ def test_a_frozen_state_comes_back_from_its_checkpoint(tmp_path):
     grad_clip=1.0,
     trainable=build_encoder.make_trainable(small()),
   )
-  state = train_state.TrainState(jnp.int32(0), params, tx.init(params))
+  state = train_state.TrainState(
+    jnp.int32(0), params, tx.init(params), train_state.no_history()
+  )
   state = jax.tree.map(lambda x: x + 1, state)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(0, state, config={}, metrics={})

@@ -50,7 +50,8 @@ def test_one_step(name, variant):
   sections = ("model", "spectral", "mamba_slot", "diffusion", "composite")
   step_once(
     json.dumps(
-      {s: config[s].to_dict() for s in (*sections, "loss_weights")},
+      {s: config[s].to_dict() for s in (*sections, "loss_weights")}
+      | {"training": {"remat": config.training.remat}},
       sort_keys=True,
     )
   )

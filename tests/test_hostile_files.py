@@ -14,7 +14,7 @@ from test_fuzz import parse
 
 from configs import default
 from spectraldiffusion_jax import config as config_lib
-from spectraldiffusion_jax import convert, weights
+from spectraldiffusion_jax import convert, rounds, weights
 from spectraldiffusion_jax.config_kinds import KINDS
 from spectraldiffusion_jax.data import prepared, sources, tfrecord
 from spectraldiffusion_jax.errors import UserError

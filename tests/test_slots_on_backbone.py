@@ -129,7 +129,9 @@ def test_a_step_trains_the_slots_and_the_last_blocks_alone(
   _, tx, create, step = make_step(config, **fields)
   image = images(side, side)
   before = fill(jax.eval_shape(create, image).params)
-  state = train_state.TrainState(jnp.int32(0), before, tx.init(before))
+  state = train_state.TrainState(
+    jnp.int32(0), before, tx.init(before), train_state.no_history()
+  )
   after, metrics = jax.device_get(jax.jit(step)(state, {"image": image}))
   assert float(metrics["finite"]) == 1
   before, after = flat(before), flat(after.params)
