@@ -40,3 +40,20 @@ def test_the_tolerance_stops_the_rounds():
     )(tolerance)
     worst[tolerance] = float(spectral.residuals(matvec, pairs)[:4].max())
   assert worst[1e-3] <= 1.1e-3 < worst[0.5] <= 0.51
+
+
+def test_a_stray_pair_takes_no_place_among_the_leading_pairs():
+  weight, _ = separable()
+  faint = np.ones(64)
+  faint[[5, 6, 9]] = 1e-5, 1e-5, 0.0  # a stray pair, and a lone token
+  weight = weight * jnp.asarray(np.outer(faint, faint), jnp.float32)
+  store = graph.DenseGraph(weight.at[5, 6].set(1e-3).at[6, 5].set(1e-3))
+
+  @jax.jit
+  def values(uniform):
+    matvec, lead = spectral.normalised_operator(store, uniform=uniform)
+    return spectral.leading_eigenpairs(matvec, lead, count=7, rounds=6).value
+
+  found, bare = np.asarray(values(0.03)), np.asarray(values(1e-7))
+  assert np.isfinite(found).all() and (found > 0.5).sum() == 4
+  assert (bare > 0.5).sum() == 5

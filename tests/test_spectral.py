@@ -284,20 +284,3 @@ def test_more_pairs_than_tokens_are_padded_with_zeros():
   np.testing.assert_array_equal(pairs.vector[:, 3:], 0)
   want = np.linalg.eigvalsh(normalised(weight))[::-1]
   np.testing.assert_allclose(pairs.value[:3], want, atol=1e-5)
-
-
-def test_a_stray_pair_takes_no_place_among_the_leading_pairs():
-  weight, _ = separable()
-  faint = np.ones(64)
-  faint[[5, 6, 9]] = 1e-5, 1e-5, 0.0  # a stray pair, and a lone token
-  weight = weight * jnp.asarray(np.outer(faint, faint), jnp.float32)
-  store = graph.DenseGraph(weight.at[5, 6].set(1e-3).at[6, 5].set(1e-3))
-
-  @jax.jit
-  def values(uniform):
-    matvec, lead = spectral.normalised_operator(store, uniform=uniform)
-    return spectral.leading_eigenpairs(matvec, lead, count=7, rounds=6).value
-
-  found, bare = np.asarray(values(0.03)), np.asarray(values(1e-7))
-  assert np.isfinite(found).all() and (found > 0.5).sum() == 4
-  assert (bare > 0.5).sum() == 5
