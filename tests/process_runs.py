@@ -131,7 +131,7 @@ def launch(
   ]
 
 
-def finish(running: list[subprocess.Popen], *, timeout: float = 290) -> list:
+def finish(running: list[subprocess.Popen], *, timeout: float = 560) -> list:
   """(exit code, stdout, stderr) of each; none is left behind."""
   try:
     texts = [process.communicate(timeout=timeout) for process in running]

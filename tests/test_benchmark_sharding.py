@@ -1,9 +1,12 @@
 """The paired benchmark of sharding: it runs, and its pairs are sane."""
 
+import pytest
+
 from configs import procedural
 from spectraldiffusion_jax.benchmarks import sharding as benchmark
 
 
+@pytest.mark.slow
 def test_row():
   config = procedural.get_config("baseline").unlock()
   config.model.image_size, config.model.width = 16, 8

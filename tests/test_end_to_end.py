@@ -56,7 +56,7 @@ def command(script, *flags, data=None, cache, wait=True):
   )
   if not wait:
     return process
-  out, err = process.communicate(timeout=280)
+  out, err = process.communicate(timeout=560)
   return process.returncode, out, err
 
 
@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
     assert time.monotonic() < deadline and process.poll() is None
     time.sleep(0.02)
   process.send_signal(kill)
-  process.communicate(timeout=100)
+  process.communicate(timeout=300)
   assert process.returncode == (-kill if kill == signal.SIGKILL else 75)
   code, _, err = command("train", *flags, **where)
   assert code == 0, err

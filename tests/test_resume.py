@@ -22,7 +22,7 @@ def test_a_handful_of_kills_changes_nothing(root):
     cwd=root,
     capture_output=True,
     text=True,
-    timeout=290,
+    timeout=560,
   )
   assert done.returncode == 0, done.stdout + done.stderr
   summary = json.loads(done.stdout[done.stdout.index("{") :])
@@ -89,7 +89,7 @@ def test_no_example_is_lost_or_doubled_with_any_number_of_workers(
       cwd=root,
       capture_output=True,
       text=True,
-      timeout=200,
+      timeout=400,
     )
     assert done.returncode == 0, done.stderr
     orders.append(json.loads(done.stdout.splitlines()[-1]))
