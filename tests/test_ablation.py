@@ -198,6 +198,17 @@ def test_the_fastest_interval_counts(tmp_path):
   assert one.fastest(path) == pytest.approx(0.25)
 
 
+def run_command(flags):
+  done = subprocess.run(
+    [sys.executable, "launch/ablate.py", *flags],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_two_cells_at_32_pixels(tmp_path):
   flags = [
@@ -220,14 +231,7 @@ def test_two_cells_at_32_pixels(tmp_path):
     "--config.training.num_steps=4",
     "--config.logging.log_interval=1",
   ]
-  done = subprocess.run(
-    [sys.executable, "launch/ablate.py", *flags],
-    cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+  run_command(flags)
   rows = json.loads((tmp_path / "a" / "ablation.json").read_text())
   assert [row["name"] for row in rows] == [
     "training_free",
@@ -244,14 +248,7 @@ def test_two_cells_at_32_pixels(tmp_path):
     "--cells=full,no_sharpening",
     "--split=test[:8]",
   ]
-  done = subprocess.run(
-    [sys.executable, "launch/ablate.py", *flags],
-    cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+  run_command(flags)
   again = json.loads((tmp_path / "b" / "ablation.json").read_text())
   assert [r["name"] for r in again] == [
     "training_free",
