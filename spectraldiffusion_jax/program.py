@@ -47,6 +47,7 @@ class Program:
       training.batch_size, training.gradient_accumulation, mesh
     )
     self.config, self.mesh = config, mesh
+    self._gathered = functools.partial(sharding.gather_weights, mesh=mesh)
     self.model = build.make_model(config)
     self._schedule = optim.make_schedule(
       learning_rate=training.learning_rate,
@@ -94,8 +95,9 @@ class Program:
     }
 
   def _make_train_step(self) -> None:
+    loss_fn = build.make_loss_fn(self.config, self.model)
     step = train_step.make_train_step(
-      build.make_loss_fn(self.config, self.model),
+      lambda params, *rest: loss_fn(self._gathered(params), *rest),
       self.optimizer,
       schedule=self._schedule,
       seed=self.config.seed,
@@ -111,7 +113,11 @@ class Program:
 
   def _make_readers(self) -> None:
     """The functions that read parameters and change nothing."""
-    eval_step = train_step.make_eval_step(self.model)
+    read = train_step.make_eval_step(self.model)
+
+    def eval_step(params, image):
+      return read(self._gathered(params), image)
+
     reads = (self._at.params, self._rows)
     self.eval_step = jax.jit(eval_step, in_shardings=reads)
     self.labels = jax.jit(

@@ -48,12 +48,6 @@ class Run:
     )
     self.program = Program(config, self.mesh, self.length)
     self.abstract_state = self.program.abstract_state
-    if self.mesh.shape["model"] > 1:
-      logging.warning(
-        "mesh.model=%d: on some meshes the compiled slot attention was measured"
-        " wrong (docs/clusters.md); keep mesh.model=1",
-        self.mesh.shape["model"],
-      )
     for line in sharding.notes(self.abstract_state):
       logging.warning("%s", line)
     self.init_state = self.program.init_state
