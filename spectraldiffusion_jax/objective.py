@@ -19,6 +19,7 @@ from spectraldiffusion_jax.ops import (
   composite,
   instance_field,
   pseudo_labels,
+  recolour,
 )
 from spectraldiffusion_jax.train_step import LossFn, Metrics
 from spectraldiffusion_jax.types import ModelOutput
@@ -107,7 +108,7 @@ def make_composites(
       pastes=pastes,
       rate=paste_rate,
     )
-    image = composite.recolour(
+    image = recolour.recolour(
       tint,
       made.images,
       made.labels,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.spatial
 
-from spectraldiffusion_jax.ops import composite
+from spectraldiffusion_jax import sharding
+from spectraldiffusion_jax.ops import composite, recolour
 
 SIZE, NUM = 32, 3
 
@@ -114,7 +115,7 @@ def test_describe_against_loops():
 def test_recolour_greys_single_objects_only():
   images, labels = scenes(2)
   out = np.asarray(
-    composite.recolour(
+    recolour.recolour(
       jax.random.key(3), images, labels, num=NUM, grey_object=1.0
     )
   )
@@ -122,8 +123,24 @@ def test_recolour_greys_single_objects_only():
   assert np.abs(out[on] - out[on].mean(-1, keepdims=True)).max() < 0.05
   assert np.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
   none = np.asarray(
-    composite.recolour(
+    recolour.recolour(
       jax.random.key(3), images, labels, num=NUM, grey_object=0.0
     )
   )
   assert np.abs(none[on] - none[on].mean(-1, keepdims=True)).max() > 0.1
+
+
+def test_donors_travel_between_neighbours_not_to_every_device():
+  """Split over devices a paste is a permute: no device gathers the batch."""
+  mesh = sharding.make_mesh(data=8)
+  images = jnp.zeros((16, 16, 16, 3))
+  labels = jnp.zeros((16, 16, 16), jnp.int32)
+  rows = sharding.batch_sharding(mesh)
+  compose = jax.jit(
+    lambda i, n: composite.compose(jax.random.key(0), i, n, num=NUM),
+    in_shardings=(rows, rows),
+    out_shardings=rows,
+  )
+  text = compose.lower(images, labels).compile().as_text()
+  assert "collective-permute" in text
+  assert "all-gather" not in text

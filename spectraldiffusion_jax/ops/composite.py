@@ -11,6 +11,7 @@ Source: Dwibedi et al., Cut, paste and learn (ICCV 2017); Ghiasi et al.,
 Simple copy-paste (CVPR 2021); here with labels that nobody drew.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 IGNORE = -1
 """Label of pixels about which nothing is known."""
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Composite(NamedTuple):
@@ -118,18 +118,19 @@ def _soften(mask: Float[Array, "H W 1"]) -> Float[Array, "H W 1"]:
   return mask * (0.4 + 0.6 * box / 9.0)
 
 
-def _place(key, segments, donor, home, have, size):
+def _place(key, target, donor, size):
   """Where a donor goes and its colour gain: contact or free placement."""
   height, width = size
   ways = jax.random.split(key, 7)
-  touch = jax.random.bernoulli(ways[0]) & (jnp.sum(have) > 0)
-  near = jax.random.categorical(ways[1], jnp.where(have > 0, 0.0, -1e9))
+  there = target.area > 0
+  touch = jax.random.bernoulli(ways[0]) & jnp.any(there)
+  near = jax.random.categorical(ways[1], jnp.where(there, 0.0, -1e9))
   area, centre, colour = donor
-  reach = jnp.sqrt(area / jnp.pi) + jnp.sqrt(segments.area[home, near] / jnp.pi)
+  reach = jnp.sqrt(area / jnp.pi) + jnp.sqrt(target.area[near] / jnp.pi)
   reach = reach * jax.random.uniform(ways[2], minval=0.6, maxval=1.05)
   angle = jax.random.uniform(ways[3], maxval=2 * jnp.pi)
   way = jnp.stack([0.7 * jnp.sin(angle), jnp.cos(angle)])
-  beside = segments.centre[home, near] + reach * way
+  beside = target.centre[near] + reach * way
   jitter = 0.1 * height
   free = jnp.stack(
     [
@@ -138,64 +139,111 @@ def _place(key, segments, donor, home, have, size):
     ]
   )
   same = touch & jax.random.bernoulli(ways[6])
-  gain = segments.colour[home, near] / jnp.maximum(colour, 0.05)
+  gain = target.colour[near] / jnp.maximum(colour, 0.05)
   gain = jnp.where(same, jnp.clip(gain, 0.2, 4.0), jnp.ones(3))
   return jnp.where(touch, beside, free), gain
 
 
-def _paste_all(key, images, labels, segments, usable, home, *, pastes, num):
-  """Composite of one target image; donors come from the whole batch."""
-  height, width = labels.shape[1:]
-  have = (segments.area[home] > 0).astype(jnp.float32)
-  bottoms = jnp.full((num + 1 + pastes,), -1.0)
-  bottoms = bottoms.at[1 : num + 1].set(segments.bottom[home])
+class _Scene(NamedTuple):
+  """An image, its labels, and which of its segments may be cut out."""
+
+  image: Float[Array, "H W 3"]
+  label: Int[Array, "H W"]
+  segments: Segments
+  usable: Float[Array, " S"]
+
+
+class _Canvas(NamedTuple):
+  """What is being pasted into."""
+
+  image: Float[Array, "H W 3"]
+  label: Int[Array, "H W"]
+  exact: Float[Array, "H W"]
+  bottoms: Float[Array, " L"]  # lowest row of every label
+
+
+def _paste(
+  key, canvas: _Canvas, wanted, target: _Scene, other: _Scene, order, *, num
+) -> _Canvas:
+  """One piece, of the target itself or of another scene, onto the canvas.
+
+  Nothing is pasted if `order` has reached `wanted` or no segment is usable.
+  """
+  height, width = canvas.label.shape
+  ways = jax.random.split(key, 7)
+  own = jax.random.bernoulli(ways[0], 0.3)
+  giver = jax.tree.map(lambda a, b: jnp.where(own, a, b), target, other)
+  which = jax.random.categorical(
+    ways[1], jnp.where(giver.usable > 0, 0.0, -1e9)
+  )
+  mirror = jax.random.bernoulli(ways[2])
+  area, centre, bottom, colour = (
+    value[which]
+    for value in (
+      giver.segments.area,
+      giver.segments.centre,
+      giver.segments.bottom,
+      giver.segments.colour,
+    )
+  )
+  column = jnp.where(mirror, width - 1 - centre[1], centre[1])
+  centre = jnp.stack([centre[0], column])
+  goal, gain = _place(
+    ways[3], target.segments, (area, centre, colour), (height, width)
+  )
+  shift = jnp.round(goal - centre).astype(jnp.int32)
+  piece = (giver.label == which + 1).astype(jnp.float32)[..., None]
+  moved = _move(jnp.concatenate([giver.image, piece], -1), shift, mirror)
+  mask = moved[..., 3:] * (giver.usable[which] * (order < wanted))
+  bottom = bottom + shift[0]
+  front = bottom >= canvas.bottoms[jnp.maximum(canvas.label, 0)]
+  front = front ^ jax.random.bernoulli(ways[4], 0.1)
+  front = front | (canvas.label <= 0)
+  mask = mask * front[..., None]
+  channels = jax.random.permutation(ways[5], 3)
+  swap = jax.random.bernoulli(ways[6], 0.2)
+  paint = moved[..., :3]
+  paint = jnp.where(swap, paint[..., channels], paint)
+  paint = jnp.clip(paint * gain[None, None], 0.0, 1.0)
+  alpha = _soften(mask)
+  return _Canvas(
+    image=canvas.image * (1.0 - alpha) + paint * alpha,
+    label=jnp.where(mask[..., 0] > 0, num + 1 + order, canvas.label),
+    exact=jnp.maximum(canvas.exact, mask[..., 0]),
+    bottoms=canvas.bottoms.at[num + 1 + order].set(bottom),
+  )
+
+
+def _paste_all(key, scenes: _Scene, *, pastes: int, num: int) -> _Canvas:
+  """Every image of the batch as a canvas with up to `pastes` pieces.
+
+  At each paste the batch moves on by the same number of images, and every
+  image may be given a piece of the one that comes to stand beside it. The
+  batch is shuffled, so that this is as good as drawing; split over devices it
+  is a permute, where drawing would send the whole batch to each.
+  """
+  batch, height, width = scenes.label.shape
+  stride = max(1, round(0.382 * batch))  # no short cycle: golden section
   few, key = jax.random.split(key)
-  wanted = jax.random.randint(few, (), 0, pastes + 1)
+  wanted = jax.random.randint(few, (batch,), 0, pastes + 1)
+  bottoms = jnp.full((batch, num + 1 + pastes), -1.0)
+  bottoms = bottoms.at[:, 1 : num + 1].set(scenes.segments.bottom)
+  exact = jnp.zeros((batch, height, width))
+  canvas = _Canvas(scenes.image, scenes.label, exact, bottoms)
+  paste = jax.vmap(
+    functools.partial(_paste, num=num), in_axes=(0, 0, 0, 0, 0, None)
+  )
 
-  def paste(state, step):
-    image, label, exact, bottoms = state
+  def body(state, step):
+    canvas, others = state
     order, key = step
-    ways = jax.random.split(key, 8)
-    own = jax.random.bernoulli(ways[0], 0.3)
-    any_ = jax.random.randint(ways[1], (), 0, len(labels))
-    giver = jnp.where(own, home, any_)
-    which = jax.random.categorical(
-      ways[2], jnp.where(usable[giver] > 0, 0.0, -1e9)
-    )
-    mirror = jax.random.bernoulli(ways[3])
-    centre = segments.centre[giver, which]
-    column = jnp.where(mirror, width - 1 - centre[1], centre[1])
-    centre = jnp.stack([centre[0], column])
-    donor = (
-      segments.area[giver, which],
-      centre,
-      segments.colour[giver, which],
-    )
-    goal, gain = _place(ways[4], segments, donor, home, have, (height, width))
-    shift = jnp.round(goal - centre).astype(jnp.int32)
-    piece = (labels[giver] == which + 1).astype(jnp.float32)[..., None]
-    moved = _move(jnp.concatenate([images[giver], piece], -1), shift, mirror)
-    mask = moved[..., 3:] * (usable[giver, which] * (order < wanted))
-    bottom = segments.bottom[giver, which] + shift[0]
-    front = bottom >= bottoms[jnp.maximum(label, 0)]
-    front = front ^ jax.random.bernoulli(ways[5], 0.1)
-    front = front | (label <= 0)
-    mask = mask * front[..., None]
-    order_ = jax.random.permutation(ways[6], 3)
-    swap = jax.random.bernoulli(ways[7], 0.2)
-    paint = moved[..., :3]
-    paint = jnp.where(swap, paint[..., order_], paint)
-    paint = jnp.clip(paint * gain[None, None], 0.0, 1.0)
-    alpha = _soften(mask)
-    image = image * (1.0 - alpha) + paint * alpha
-    label = jnp.where(mask[..., 0] > 0, num + 1 + order, label)
-    exact = jnp.maximum(exact, mask[..., 0])
-    return (image, label, exact, bottoms.at[num + 1 + order].set(bottom)), None
+    others = jax.tree.map(lambda x: jnp.roll(x, stride, axis=0), others)
+    keys = jax.random.split(key, batch)
+    return (paste(keys, canvas, wanted, scenes, others, order), others), None
 
-  start = (images[home], labels[home], jnp.zeros((height, width)), bottoms)
   steps = (jnp.arange(pastes), jax.random.split(key, pastes))
-  (image, label, exact, _), _ = jax.lax.scan(paste, start, steps)
-  return image, label, exact
+  (canvas, _), _ = jax.lax.scan(body, (canvas, scenes), steps)
+  return canvas
 
 
 def compose(
@@ -236,55 +284,11 @@ def compose(
     & (segments.inside > 0)
   ).astype(jnp.float32)
   which, key = jax.random.split(key)
-  pasted = jax.vmap(
-    lambda k, home: _paste_all(
-      k, images, labels, segments, usable, home, pastes=pastes, num=num
-    )
-  )(jax.random.split(key, len(labels)), jnp.arange(len(labels)))
+  scenes = _Scene(images, labels, segments, usable)
+  pasted = _paste_all(key, scenes, pastes=pastes, num=num)
   take = jax.random.bernoulli(which, rate, (len(labels),))[:, None, None]
   return Composite(
-    jnp.where(take[..., None], pasted[0], images),
-    jnp.where(take, pasted[1], labels),
-    jnp.where(take, pasted[2], 0.0),
+    jnp.where(take[..., None], pasted.image, images),
+    jnp.where(take, pasted.label, labels),
+    jnp.where(take, pasted.exact, 0.0),
   )
-
-
-def recolour(
-  key: PRNGKeyArray,
-  images: Float[Array, "B H W 3"],
-  labels: Int[Array, "B H W"],
-  *,
-  num: int,
-  grey_object: float = 0.2,
-) -> Float[Array, "B H W 3"]:
-  """Photometric jitter of whole images and greying of single segments.
-
-  Of the images 10% turn grey, 20% swap channels, 15% change saturation; all
-  change gamma, gain and noise. Each segment turns grey on its own with
-  probability `grey_object`, so that colour is never the only cue.
-  """
-  batch = len(images)
-  ways = jax.random.split(key, 10)
-  each = (batch, 1, 1, 1)
-  grey = jnp.einsum("BHWC,C->BHW", images, jnp.asarray(_GREY))[..., None]
-  alone = jax.random.bernoulli(ways[0], grey_object, (batch, num + 1))
-  gain = jax.random.uniform(ways[1], (batch, num + 1), minval=0.8, maxval=1.2)
-  alone = alone.at[:, 0].set(False)
-  index = jnp.maximum(labels, 0).reshape(batch, -1)
-  turn = jnp.take_along_axis(alone, index, axis=1).reshape(grey.shape)
-  tone = jnp.take_along_axis(gain, index, axis=1).reshape(grey.shape)
-  images = jnp.where(turn, grey * tone, images)
-  order = jax.vmap(lambda k: jax.random.permutation(k, 3))(
-    jax.random.split(ways[2], batch)
-  )
-  swapped = jnp.take_along_axis(images, order[:, None, None], axis=-1)
-  images = jnp.where(jax.random.bernoulli(ways[3], 0.2, each), swapped, images)
-  amount = jax.random.uniform(ways[4], each, minval=0.2, maxval=1.5)
-  chance = jax.random.uniform(ways[5], each)
-  amount = jnp.where(chance < 0.1, 0.0, jnp.where(chance < 0.25, amount, 1.0))
-  grey = jnp.einsum("BHWC,C->BHW", images, jnp.asarray(_GREY))[..., None]
-  images = jnp.clip(grey + amount * (images - grey), 1e-3, 1.0)
-  gamma = jnp.exp(0.15 * jax.random.normal(ways[6], each))
-  images = images**gamma * jnp.exp(0.1 * jax.random.normal(ways[7], each))
-  noise = 0.008 * jax.random.normal(ways[8], images.shape)
-  return jnp.clip(images + noise, 0.0, 1.0)
