@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 KINDS = ("kill", "save", "term", "save", "early", "kill", "int", "twice")
 """How lives end: SIGKILL after a step, SIGKILL within a save, SIGTERM, SIGKILL
-while starting, SIGINT, SIGTERM twice."""
+while starting, SIGINT, SIGTERM twice; runs of two processes lose one."""
 
 
 def arguments() -> argparse.Namespace:
@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--runs", type=int, default=100, help="at most")
   parser.add_argument("--seconds", type=float, default=3600.0, help="at most")
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--pairs", type=int, default=2, help="two processes")
   parser.add_argument("--poison", type=int, default=-1, help="a NaN batch")
   parser.add_argument("--damage", type=int, default=1, help="0: kills only")
   parser.add_argument("--data", default="", help="prepared data sets")
@@ -140,14 +141,73 @@ def one_run(killing, start, run, *, kinds, rng, ends) -> None:
       ends[f"{kind} {code}"] += 1
 
 
+def start_pair(data: pathlib.Path, run: pathlib.Path) -> list:
+  """The same run in two processes of two devices each."""
+  import killing
+  import process_runs
+
+  return process_runs.start_training(
+    killing.fields(data),
+    run,
+    config="configs/procedural.py:baseline",
+    devices=2,
+  )
+
+
+def one_pair(killing, data, run, rng, ends) -> None:
+  """Kills one of two processes until the run is complete.
+
+  The first two lives end by SIGKILL, of the first and of the second process;
+  the other process has to stop by itself.
+  """
+  import process_runs
+
+  for victim in (0, 1, None):
+    running = start_pair(data, run)
+    target = len(killing.ledger(run)) + rng.randint(2, 5)
+    while victim is not None and len(killing.ledger(run)) < target:
+      assert all(process.poll() is None for process in running)
+      time.sleep(0.005)
+    began = time.monotonic()
+    if victim is not None:
+      time.sleep(rng.uniform(0.0, 0.3))
+      running[victim].kill()
+    done = process_runs.finish(running)
+    codes = [code for code, _, _ in done]
+    seconds = round(time.monotonic() - began, 1)
+    step = len(killing.ledger(run))
+    print(f"{run.name}: exit {codes}, step {step}, {seconds} s", flush=True)
+    if victim is None:
+      assert codes == [0, 0], done
+    else:
+      assert codes[victim] == -9 and codes[1 - victim] in (69, -6), done
+      ends[f"one of two: the other {codes[1 - victim]}"] += 1
+
+
+def count_same(killing, count, run, whole, arrays, wanted) -> None:
+  """Compares a complete run with the undisturbed one."""
+  import numpy as np
+
+  same = all(
+    np.array_equal(a, b, equal_nan=True)
+    for a, b in zip(wanted, arrays, strict=True)
+  )
+  count["runs"] += 1
+  count["runs_identical"] += same
+  count["curves_identical"] += killing.metrics(run) == killing.metrics(whole)
+  count["order_identical"] += killing.ledger(run) == killing.ledger(whole)
+  count["examples_wrong"] += killing.miscounted(run)
+  count["reports"] += (run / "divergence.json").exists()
+
+
 def main() -> int:
   options = arguments()
   folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix="chaos"))
   folder.mkdir(parents=True, exist_ok=True)
   import killing
+  import process_runs
 
   os.environ.update(killing.environment(folder / "cache"))
-  import numpy as np
 
   from spectraldiffusion_jax import train_loop  # noqa: F401, before the forks
 
@@ -156,33 +216,36 @@ def main() -> int:
     killing.in_child(lambda: killing.prepare(data), folder)
   config = killing.config(data)
   start = functools.partial(killing.train, config, poison=options.poison)
-  whole, rng = folder / "whole", random.Random(options.seed)
-  began = time.monotonic()
+  rng, began = random.Random(options.seed), time.monotonic()
+  count, ends = collections.Counter(), collections.Counter()
+  kinds = iter(KINDS * options.kills)
+
+  def arrays(run):
+    state = functools.partial(killing.final_state, config, run, killing.STEPS)
+    return killing.in_child(state, folder)
+
+  whole = folder / "whole"
   assert killing.exit_code(start(whole)) == 0
-  final = functools.partial(killing.final_state, config, step=killing.STEPS)
-  wanted = killing.in_child(lambda: final(workdir=whole), folder)
-  count, kinds = collections.Counter(), iter(KINDS * options.kills)
-  ends = collections.Counter()
+  wanted = arrays(whole)
+  compare = functools.partial(count_same, killing, count)
   while (
-    count["kills"] < options.kills
+    ends.total() < options.kills
     and count["runs"] < options.runs
     and time.monotonic() - began < options.seconds
   ):
     run = folder / f"run{count['runs']}"
     one_run(killing, start, run, kinds=kinds, rng=rng, ends=ends)
-    count["kills"] = ends.total()
-    found = killing.in_child(lambda run=run: final(workdir=run), folder)
-    same = all(
-      np.array_equal(a, b, equal_nan=True)
-      for a, b in zip(wanted, found, strict=True)
-    )
-    count["runs"] += 1
-    count["runs_identical"] += same
-    count["curves_identical"] += killing.metrics(run) == killing.metrics(whole)
-    count["order_identical"] += killing.ledger(run) == killing.ledger(whole)
-    count["examples_wrong"] += killing.miscounted(run)
-    count["reports"] += (run / "divergence.json").exists()
-  summary = {**count, "ends": dict(sorted(ends.items()))}
+    compare(run, whole, arrays(run), wanted)
+  if options.pairs:
+    whole_pair = folder / "whole_pair"
+    done = process_runs.finish(start_pair(data, whole_pair))
+    assert [code for code, _, _ in done] == [0, 0], done
+    wanted = arrays(whole_pair)
+  for number in range(options.pairs):
+    run = folder / f"pair{number}"
+    one_pair(killing, data, run, rng, ends)
+    compare(run, whole_pair, arrays(run), wanted)
+  summary = {"kills": ends.total(), **count, "ends": dict(sorted(ends.items()))}
   if options.damage:
     checked = lambda: damaged(config, whole, folder, options.seed)
     summary |= killing.in_child(checked, folder)

@@ -5,6 +5,7 @@ used JAX: a new life costs what a restart costs less the imports. Whoever
 uses this module leaves JAX alone outside `in_child`.
 """
 
+import collections
 import json
 import os
 import pathlib
@@ -39,26 +40,33 @@ def prepare(data_root: pathlib.Path) -> None:
   procedural_clevr.prepare("easy_64", data_root)
 
 
-def config(data_root: pathlib.Path) -> ConfigDict:
+def fields(data_root: pathlib.Path) -> dict[str, Any]:
   """Plain slot attention on 10 images of 32 pixels, a checkpoint every 2."""
+  return {
+    "data.data_root": str(data_root),
+    "data.train_split": f"train[:{EXAMPLES}]",
+    "data.val_split": "validation[:4]",
+    "data.num_threads": 1,
+    "model.image_size": 32,
+    "model.width": 8,
+    "model.slot_dim": 16,
+    "model.num_iterations": 1,
+    "model.num_slots": 3,
+    "training.batch_size": BATCH,
+    "training.max_rollbacks": 1,
+    "training.num_steps": STEPS,
+    "logging.log_interval": 1,
+    "logging.save_interval": SAVE,
+    "logging.val_interval": 1000,
+    "logging.image_interval": 0,
+    "logging.examples": True,
+  }
+
+
+def config(data_root: pathlib.Path) -> ConfigDict:
+  """configs/procedural.py:baseline with `fields`."""
   c = procedural.get_config("baseline").unlock()
-  c.data.data_root = str(data_root)
-  c.data.train_split = f"train[:{EXAMPLES}]"
-  c.data.val_split = "validation[:4]"
-  c.data.num_threads = 1
-  c.model.image_size = 32
-  c.model.width = 8
-  c.model.slot_dim = 16
-  c.model.num_iterations = 1
-  c.model.num_slots = 3
-  c.training.batch_size = BATCH
-  c.training.max_rollbacks = 1
-  c.training.num_steps = STEPS
-  c.logging.log_interval = 1
-  c.logging.save_interval = SAVE
-  c.logging.val_interval = 1000
-  c.logging.image_interval = 0
-  c.logging.examples = True
+  c.update_from_flattened_dict(fields(data_root))
   return c.lock()
 
 
@@ -133,10 +141,21 @@ def train(
 
 
 def ledger(workdir: pathlib.Path) -> list[dict]:
-  """Steps and the ids they consumed; a line being written is left out."""
-  path = workdir / "examples-0.jsonl"
-  content = path.read_text() if path.exists() else ""
-  return [json.loads(line) for line in content.split("\n")[:-1]]
+  """Steps and the ids they consumed, in all of the run's processes.
+
+  A line that is being written, or that not every process has, is left out.
+  """
+  steps = collections.defaultdict(list)
+  files = sorted(workdir.glob("examples-*.jsonl"))
+  for path in files:
+    for text in path.read_text().split("\n")[:-1]:
+      line = json.loads(text)
+      steps[line["step"]].append(line["index"])
+  return [
+    {"step": step, "index": sum(parts, [])}
+    for step, parts in steps.items()
+    if len(parts) == len(files)
+  ]
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:

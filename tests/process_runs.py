@@ -65,15 +65,15 @@ def make_config(fields: dict) -> ConfigDict:
   return config.lock()
 
 
-def flags(fields: dict) -> list[str]:
-  """The same as flags of launch/train.py."""
+def flags(fields: dict, config: str = "configs/default.py") -> list[str]:
+  """The same as flags of launch/train.py, on a config."""
   shown = {
     k: ",".join(map(str, v)) if isinstance(v, tuple) else v
     for k, v in fields.items()
     if v != ()
   }
   crop = [] if fields.get("data.crop") != () else ["--config.data.crop=()"]
-  return ["--config=configs/default.py", *crop] + [
+  return [f"--config={config}", *crop] + [
     f"--config.{name}={value}" for name, value in shown.items()
   ]
 
@@ -149,9 +149,18 @@ def train(fields: dict, workdir: pathlib.Path, **options) -> list:
   return finish(start_training(fields, workdir, **options))
 
 
-def start_training(fields: dict, workdir: pathlib.Path, **options) -> list:
+def start_training(
+  fields: dict,
+  workdir: pathlib.Path,
+  config: str = "configs/default.py",
+  **options,
+) -> list:
   """Starts launch/train.py in several processes."""
-  command = ["launch/train.py", *flags(fields), f"--workdir={workdir}"]
+  command = [
+    "launch/train.py",
+    *flags(fields, config),
+    f"--workdir={workdir}",
+  ]
   return launch(command, **options)
 
 
