@@ -1,10 +1,21 @@
 """One strict test session: eight CPU devices, warnings and rank promotion."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# One cache for the workers and the processes that tests start: much of what
+# they compile is the same. The first to come makes it, and removes it.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:
+  os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled")
+  atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
