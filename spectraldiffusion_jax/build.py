@@ -41,7 +41,7 @@ from spectraldiffusion_jax.models import (
 from spectraldiffusion_jax.ops import (
   pseudo_labels,
 )
-from spectraldiffusion_jax.train_state import TrainState
+from spectraldiffusion_jax.train_state import TrainState, stream_keys
 from spectraldiffusion_jax.train_step import LossFn
 
 
@@ -147,6 +147,29 @@ def make_teacher(
     return pseudo_labels.encode(kept)
 
   return labels
+
+
+def make_reconstruct(
+  config: ConfigDict, model: nn.Module
+) -> Callable[..., Array] | None:
+  """Images from slots: (params, image, slots) -> [B H W 3] in [0, 1].
+
+  None unless the decoder is a diffusion of pixels.
+  """
+  if not config.model.use_diffusion_decoder or config.model.dinov2_model:
+    return None
+
+  def reconstruct(params, image, slots):
+    return model.apply(
+      {"params": params},
+      image,
+      slots,
+      num_steps=config.diffusion.num_inference_steps,
+      method="reconstruct",
+      rngs=stream_keys(0, 0),
+    )
+
+  return reconstruct
 
 
 def make_loss_fn(config: ConfigDict, model: nn.Module) -> LossFn:

@@ -35,6 +35,7 @@ class Program:
     init_state: () -> TrainState, born sharded.
     train_step: (state, batch) -> state, metrics; the state is donated.
     eval_step: (params, image) -> ModelOutput.
+    reconstruct: (params, image, slots) -> image drawn from the slots, or None.
     labels: (params, image) -> label maps [B H W] uint8.
     teachers: (params, image) -> label maps to train on, of the training-free
       step and of the model.
@@ -120,6 +121,12 @@ class Program:
 
     reads = (self._at.params, self._rows)
     self.eval_step = jax.jit(eval_step, in_shardings=reads)
+    draw = build.make_reconstruct(self.config, self.model)
+    self.reconstruct = draw and jax.jit(
+      lambda params, *rest: draw(self._gathered(params), *rest),
+      in_shardings=(*reads, self._rows),
+      out_shardings=self._rows,
+    )
     self.labels = jax.jit(
       lambda params, image: evaluate.labels_of(eval_step(params, image)),
       in_shardings=reads,

@@ -181,25 +181,26 @@ class Run:
   def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
     """Panels of the first validation images and the PCA of their slots."""
     batch = next(iter(self.val_batches))
-    output = self.eval_step(state.params, self.place_image(batch["image"]))
-    wanted = (
-      output.masks,
-      output.slots.attention,
-      output.slots.slots,
-      output.slots.active,
-    )
+    image = self.place_image(batch["image"])
+    output = self.eval_step(state.params, image)
     # Whole rows: the compiler may have left widths split over `model`.
-    masks, attention, slots, active = map(
-      sharding.local_rows,
-      jax.device_put(wanted, sharding.batch_sharding(self.mesh)),
-    )
+    rows = sharding.batch_sharding(self.mesh)
+    slots, masks = jax.device_put((output.slots, output.masks), rows)
+    painted = None
+    if self.program.reconstruct is not None:
+      painted = self.program.reconstruct(state.params, image, slots)
+    elif output.decoded and output.decoded.prediction.shape == image.shape:
+      painted = jax.device_put(output.decoded.prediction, rows)
+    attention = sharding.local_rows(slots.attention)
     grid = build_encoder.grid_of(self.config)
     panels = visualise.panels(
       batch["image"],
-      masks.argmax(1),
+      sharding.local_rows(masks).argmax(1),
       truth=batch.get("segmentation"),
+      reconstruction=None if painted is None else sharding.local_rows(painted),
       attention=attention.reshape(*attention.shape[:2], *grid),
     )
+    slots, active = map(sharding.local_rows, (slots.slots, slots.active))
     return {
       "panels": panels,
       "slot_pca": visualise.slot_pca(slots, active),

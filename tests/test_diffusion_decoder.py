@@ -12,7 +12,7 @@ from spectraldiffusion_jax.models.denoiser import CompositionalDenoiser
 from spectraldiffusion_jax.models.diffusion_decoder import DiffusionDecoder
 from spectraldiffusion_jax.types import Features, Slots
 
-BATCH = 8
+BATCH, STEPS = 8, 600
 
 
 class Deaf(nn.Module):
@@ -55,7 +55,9 @@ def test_a_decoder_that_ignores_slots_is_found_out():
   assert np.isfinite(decoded.swapped).all()
 
 
-def test_a_decoder_that_uses_slots_does_worse_with_those_of_another_image():
+@pytest.fixture(scope="module")
+def trained():
+  """Parameters after STEPS on one scene; losses and monitor on the way."""
   params, decode = make(CompositionalDenoiser(width=32, depth=2))
 
   def loss(params, key):
@@ -63,7 +65,7 @@ def test_a_decoder_that_uses_slots_does_worse_with_those_of_another_image():
     value = losses.diffusion(decoded.prediction, decoded.target, decoded.weight)
     return value, diagnostics.bypass(decoded)["bypass"]
 
-  tx = optax.adam(1e-2)
+  tx = optax.adam(optax.cosine_decay_schedule(1e-2, STEPS))
 
   @jax.jit
   def train(params):
@@ -75,13 +77,47 @@ def test_a_decoder_that_uses_slots_does_worse_with_those_of_another_image():
       updates, state = tx.update(grads, state, params)
       return (optax.apply_updates(params, updates), state), (value, bypass)
 
-    keys = jax.random.split(jax.random.key(3), 150)
-    return jax.lax.scan(body, (params, tx.init(params)), keys)[1]
+    keys = jax.random.split(jax.random.key(3), STEPS)
+    (params, _), curves = jax.lax.scan(body, (params, tx.init(params)), keys)
+    return params, curves
 
-  value, bypass = train(params)
+  return train(params)
+
+
+def test_a_decoder_that_uses_slots_does_worse_with_those_of_another_image(
+  trained,
+):
+  value, bypass = trained[1]
   assert value[-20:].mean() < 0.5 * value[0]
   assert bypass[-20:].mean() > 0.5 * value[-20:].mean() > 0
   assert bypass[-20:].mean() > 3 * abs(bypass[0])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm2m"])
+def test_images_are_drawn_from_their_slots(trained, sampler):
+  decoder = DiffusionDecoder(denoiser=CompositionalDenoiser(width=32, depth=2))
+  slots, image, features = scene()
+
+  @jax.jit
+  def draw(params, slots):
+    return decoder.apply(
+      params,
+      slots,
+      image,
+      features,
+      num_steps=10,
+      sampler=sampler,
+      method=decoder.reconstruct,
+      rngs={"noise": jax.random.key(5)},
+    )
+
+  own = draw(trained[0], slots)
+  others = draw(trained[0], jax.tree.map(lambda x: jnp.roll(x, 1, 0), slots))
+  assert own.shape == image.shape and own.min() >= 0 and own.max() <= 1
+  error = float(jnp.abs(own - image).mean())
+  assert error < 0.1
+  assert jnp.abs(others - jnp.roll(image, 1, 0)).mean() < 0.1
+  assert jnp.abs(others - image).mean() > 2 * error
 
 
 def test_the_monitor_takes_no_part_in_training():

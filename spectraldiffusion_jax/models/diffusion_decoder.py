@@ -6,6 +6,7 @@ Masks need one evaluation and never the sampler.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,20 @@ SWAP = 4
 """One in so many denoised tokens is denoised again with other slots."""
 
 
-def whiten(x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+class Whitened(NamedTuple):
+  """Latents of zero mean and unit variance, and what undoes that."""
+
+  values: Float[Array, "B N C"]
+  mean: Float[Array, "1 1 C"]
+  std: Float[Array, "1 1 C"]
+
+
+def whiten(x: Float[Array, "B N C"]) -> Whitened:
   """Zero mean and unit variance of each channel over the batch's tokens."""
+  x = jax.lax.stop_gradient(x)
   mean = x.mean((0, 1), keepdims=True)
   std = jnp.sqrt(((x - mean) ** 2).mean((0, 1), keepdims=True) + 1e-4)
-  return jax.lax.stop_gradient((x - mean) / std)
+  return Whitened((x - mean) / std, mean, std)
 
 
 @functools.lru_cache(maxsize=4)
@@ -42,12 +52,11 @@ def latents(
   *,
   source: str,
   latent_dim: int,
-) -> Float[Array, "B N C"]:
+) -> Whitened:
   """What is denoised, unit variance a channel and no gradient.
 
-  `pixels` are the patch of each token, in an orthonormal cosine basis of at
-  most `latent_dim` channels; `backbone` are pretrained features in a fixed
-  orthonormal basis.
+  `pixels` are the patch of each token, `backbone` its pretrained features; what
+  is wider than `latent_dim` is projected to a fixed orthonormal basis of it.
   """
   if source == "pixels":
     stride = image.shape[1] // features.tokens.shape[1]
@@ -84,12 +93,9 @@ class DiffusionDecoder(nn.Module):
     In training a second prediction, of every SWAP-th token and without a
     gradient, sees another image's slots: it says what slots are good for.
     """
-    x0 = latents(
-      image, features, source=self.source, latent_dim=self.latent_dim
-    )
+    x0 = self._latents(image, features).values
     b, n, _ = x0.shape
-    place = jnp.asarray(layers.position_grid(*features.tokens.shape[1:3]))
-    place = jnp.broadcast_to(place.reshape(1, n, 4), (b, n, 4))
+    place = self._place(features)
     if not train:
       v, masks = self.denoiser(
         jnp.zeros_like(x0), jnp.ones(b), slots.slots, slots.active, place
@@ -121,3 +127,55 @@ class DiffusionDecoder(nn.Module):
       weight=noise.loss_weight(alpha, sigma),
       swapped=jax.lax.stop_gradient(swapped),
     )
+
+  def reconstruct(
+    self,
+    slots: Slots,
+    image: Float[Array, "B H W 3"],
+    features: Features,
+    *,
+    num_steps: int,
+    sampler: str = "dpm2m",
+  ) -> Float[Array, "B H W 3"]:
+    """Images drawn from noise and slots alone, `source` being pixels.
+
+    Of the images the mean and spread of each channel over the batch are used,
+    which undo the whitening, and nothing else: what slots do not hold is not
+    there. Samplers are the methods of `noise.integrate`; the result is in
+    [0, 1].
+    """
+    goal = self._latents(image, features)
+    place = self._place(features)
+    # The sampler is a scan, in which a bound module cannot be called.
+    denoiser, variables = self.denoiser.unbind()
+
+    def denoise(x, t):
+      v, _ = denoiser.apply(variables, x, t, slots.slots, slots.active, place)
+      return noise.to_x0(v, x, *noise.cosine(t))
+
+    drawn = noise.sample(
+      denoise,
+      self.make_rng("noise"),
+      goal.values.shape,
+      num_steps=num_steps,
+      method=sampler,
+      num_timesteps=self.num_timesteps,
+    )
+    x = drawn * goal.std + goal.mean
+    stride = image.shape[1] // features.tokens.shape[1]
+    if 3 * stride**2 > self.latent_dim:
+      x = x @ _basis(3 * stride**2, self.latent_dim).T
+    grid = features.tokens.shape[1:3]
+    x = layers.depth_to_space(x.reshape(len(x), *grid, -1), stride)
+    return jnp.clip(x, 0.0, 1.0)
+
+  def _latents(self, image, features) -> Whitened:
+    return latents(
+      image, features, source=self.source, latent_dim=self.latent_dim
+    )
+
+  def _place(self, features) -> Float[Array, "B N 4"]:
+    """The position code of every token."""
+    b, *grid, _ = features.tokens.shape
+    place = jnp.asarray(layers.position_grid(*grid)).reshape(1, -1, 4)
+    return jnp.broadcast_to(place, (b, *place.shape[1:]))

@@ -17,7 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spectraldiffusion_jax.models import em_attention
 from spectraldiffusion_jax.ops import color, em, instance_field, refine
-from spectraldiffusion_jax.types import Features, Mixtures, ModelOutput
+from spectraldiffusion_jax.types import (
+  Features,
+  Mixtures,
+  ModelOutput,
+  Slots,
+)
 
 Partitioner = Callable[
   [Float[Array, "B h w E"]], tuple[Float[Array, "B K N"], Bool[Array, "B K"]]
@@ -205,6 +210,13 @@ class SpectralDiffusion(nn.Module):
       prior=None if self.prior is None else self.prior(),
       affinity=affinity,
     )
+
+  def reconstruct(
+    self, image: Float[Array, "B H W 3"], slots: Slots, *, num_steps: int
+  ) -> Float[Array, "B H W 3"]:
+    """What a diffusion decoder of pixels draws from slots; see there."""
+    features = self.encoder(image)
+    return self.decoder.reconstruct(slots, image, features, num_steps=num_steps)
 
   def _bind(self, features, tokens, grid, assignment, active):
     """Slots, and their mixture where they are Gaussians."""
