@@ -107,7 +107,9 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
     key_dim=mamba.key_dim,
     decoder=make_decoder(config),
     prior=(
-      model_lib.LearnedPrior(key_dim=mamba.key_dim) if probabilistic else None
+      model_lib.LearnedPrior(key_dim=mamba.key_dim, places=has_field(config))
+      if probabilistic
+      else None
     ),
     random_slots=random_slots,
     partition=None if random_slots else build_spectral.make_partition(config),

@@ -10,6 +10,7 @@ import pytest
 from configs import default, procedural
 from spectraldiffusion_jax import build, build_spectral, evaluate
 from spectraldiffusion_jax.models import model as model_lib
+from spectraldiffusion_jax.ops import instance_field
 from spectraldiffusion_jax.train_state import stream_keys
 
 SIZE, BATCH = 32, 2
@@ -215,3 +216,15 @@ def test_light_slots_are_dropped_at_inference_alone():
   model, params = built(mamba_slot__weight_threshold=100.0)
   active = segment(model, params, images()).slots.active
   assert (active.sum(1) <= 2).all() and active[:, 0].all()
+
+
+def test_the_prior_is_born_where_the_keys_are():
+  """Else its loss drowns the others: 500 nats a key instead of 1."""
+  prior = model_lib.LearnedPrior(key_dim=3, places=True)
+  mixture = prior.apply(prior.init(jax.random.key(0)))
+  field = jnp.zeros((1, 8, 8, 4))
+  keys = instance_field.keys(field)[..., :2].reshape(-1, 2)
+  mean, std = mixture.mean.mean(0), jnp.exp(mixture.variance[0] / 2)
+  np.testing.assert_allclose(mean[:2], keys.mean(0), atol=8)
+  np.testing.assert_allclose(std[:2], keys.std(0), rtol=0.05)
+  np.testing.assert_allclose([mean[2], std[2]], [0.0, 1.0], atol=0.4)

@@ -52,18 +52,29 @@ def assign_labels(
 
 
 class LearnedPrior(nn.Module):
-  """One mixture of C Gaussians for the slots of all images (Kori et al.)."""
+  """One mixture of C Gaussians for the slots of all images (Kori et al.).
+
+  Its parameters are in units of the keys' own mean and spread: a component
+  born at the origin of keys that are places in the image, tens of standard
+  deviations away, would need thousands of steps to come near a slot.
+  """
 
   components: int = 64
   key_dim: int = 64
+  places: bool = False  # whether the first two keys are votes
 
   @nn.compact
   def __call__(self) -> Mixtures:
     """Means, log-variances and logits of the components."""
     shape = (self.components, self.key_dim)
+    votes = jnp.arange(self.key_dim) < (2 if self.places else 0)
+    middle = jnp.where(votes, instance_field.MIDDLE, 0.0)[None]
+    spread = jnp.where(votes, instance_field.SPREAD, 1.0)[None]
+    mean = self.param("mean", nn.initializers.normal(1.0), shape)
+    variance = self.param("log_variance", nn.initializers.zeros, shape)
     return Mixtures(
-      mean=self.param("mean", nn.initializers.normal(1.0), shape),
-      variance=self.param("log_variance", nn.initializers.zeros, shape),
+      mean=middle + spread * mean,
+      variance=2 * jnp.log(spread) + variance,
       weight=self.param("logits", nn.initializers.zeros, shape[:1]),
     )
 

@@ -20,6 +20,8 @@ UNITS = 8
 """Offsets and votes are in units of the image height over this."""
 VOTE_SCALE = 0.1
 """Standard deviation, in those units, with which votes count in the keys."""
+MIDDLE, SPREAD = UNITS / VOTE_SCALE / 2, UNITS / VOTE_SCALE / 12**0.5
+"""Mean and standard deviation of a vote's keys all over a square image."""
 
 
 class Targets(NamedTuple):
