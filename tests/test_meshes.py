@@ -1,5 +1,6 @@
 """One run on any mesh and in two real processes: the same numbers."""
 
+import functools
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import toy_scenes
 from spectraldiffusion_jax import sharding, train_loop
 from spectraldiffusion_jax.preemption import EXIT_CODE, StopRequest
 
-STEPS = 6
+STEPS, LONG = 6, 30
 TOLERANCE = 1e-5
 """Relative, of the loss of every step. The gradient of a batch is a sum whose
 order depends on the mesh, and float32 has 6e-8: rounding grows by what the
@@ -88,21 +89,32 @@ def test_a_mesh_of_eight_trains_what_one_device_trains(data, alone, tmp_path):
   assert_same_run(alone, found, STEPS)
 
 
+@pytest.fixture(scope="module")
+def long_alone(data, tmp_path_factory):
+  """Thirty steps on one device: config's name -> metrics."""
+  return functools.cache(
+    lambda base: train_here(
+      fields(data, LONG, base=getattr(process_runs, base)),
+      tmp_path_factory.mktemp(base),
+      devices=1,
+    )
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("base", ["CHEAP", "COMPLETE"])
 @pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2", "two"])
-def test_thirty_steps_agree(data, tmp_path, base, name):
-  base, steps = getattr(process_runs, base), 30
-  alone = train_here(fields(data, steps, base=base), tmp_path / "1", devices=1)
+def test_thirty_steps_agree(data, long_alone, tmp_path, base, name):
+  alone, base = long_alone(base), getattr(process_runs, base)
   if name == "two":
-    done = process_runs.train(fields(data, steps, base=base), tmp_path / name)
+    done = process_runs.train(fields(data, LONG, base=base), tmp_path)
     assert [code for code, _, _ in done] == [0, 0], done
-    found = process_runs.logged(tmp_path / name)
+    found = process_runs.logged(tmp_path)
   else:
-    found = train_here(fields(data, steps, MESHES[name], base), tmp_path / name)
+    found = train_here(fields(data, LONG, MESHES[name], base), tmp_path)
   print(name, worst(alone, found))
-  assert_same_run(alone, found, steps)
+  assert_same_run(alone, found, LONG)
 
 
 def stopped_at(config_fields, workdir, step):
