@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+ROWS = 128
+"""Queries at a time on a TPU: for two images of 1,370 tokens and 16 heads their
+weights take 22 MB of 128 MB on the chip of a v5e."""
+
 
 def attend(
   query: Float[Array, "B N M P"],
@@ -15,7 +19,8 @@ def attend(
 
   On a GPU in 16 bit this is cuDNN's fused kernel; on a CPU one head at a time,
   so that its N x L weights stay in the cache (2 to 4 times faster than all at
-  once from 256 tokens on); else XLA's.
+  once from 256 tokens on); on a TPU ROWS queries of all heads at a time, whose
+  weights stay on the chip; else XLA's.
 
   Args:
     query: one row for each token that asks.
@@ -37,6 +42,7 @@ def attend(
     key,
     value,
     cpu=_attend_by_head,
+    tpu=_attend_by_rows,
     default=jax.nn.dot_product_attention,
   )
 
@@ -54,6 +60,36 @@ def _attend_by_head(query, key, value):
   heads_first = [jnp.moveaxis(x, 2, 0) for x in (query, key, value)]
   result = jax.lax.map(one_head, heads_first)
   return jnp.moveaxis(result, 0, 2).astype(query.dtype)
+
+
+def _attend_by_rows(query, key, value):
+  """No axis is cut that a mesh may have split: neither batch nor heads."""
+  length = query.shape[1]
+  count = -(-length // ROWS)
+  rest = (0, count * ROWS - length)
+  padded = jnp.pad(query, ((0, 0), rest, (0, 0), (0, 0)))
+
+  # Computed anew for the gradient, which would else keep all N x L weights.
+  @jax.checkpoint
+  def some_rows(q):
+    logits = jnp.einsum(
+      "BNMP,BLMP->BMNL", q, key, preferred_element_type=jnp.float32
+    )
+    logits = logits * q.shape[-1] ** -0.5
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - top)
+    total = jnp.moveaxis(weights.sum(axis=-1), 1, 2)[..., None]
+    result = jnp.einsum(
+      "BMNL,BLMP->BNMP",
+      weights.astype(value.dtype),
+      value,
+      preferred_element_type=jnp.float32,
+    )
+    return (result / total).astype(q.dtype)
+
+  parts = padded.reshape(len(query), count, ROWS, *query.shape[2:])
+  result = jax.lax.map(some_rows, jnp.moveaxis(parts, 1, 0))
+  return jnp.moveaxis(result, 0, 1).reshape(padded.shape)[:, :length]
 
 
 def rotary_angles(
