@@ -48,13 +48,14 @@ def train_here(config_fields, workdir, devices=8):
   return process_runs.logged(workdir)
 
 
-def worst(one, other):
-  """Largest relative difference of the loss over all steps."""
+def worst(one, other, last=LONG):
+  """Largest relative difference of the loss up to a step."""
   assert one.keys() == other.keys() and len(one) > 0
   return max(
     abs(one[s]["train/loss"] - other[s]["train/loss"])
     / abs(one[s]["train/loss"])
     for s in one
+    if s <= last
   )
 
 
@@ -101,11 +102,29 @@ def long_alone(data, tmp_path_factory):
   )
 
 
+def assert_same_until_rounding_shows(one, other):
+  """The complete model multiplies a difference by 1.5 or so a step.
+
+  Ten steps agree as far as those of plain slot attention, thirty to a
+  thousandth: measured on every mesh (docs/clusters.md).
+  """
+  assert worst(one, other, last=10) < TOLERANCE
+  assert worst(one, other) < 3e-3
+  for name in (name for name in one[LONG] if name.startswith("val/")):
+    np.testing.assert_allclose(
+      other[LONG][name], one[LONG][name], atol=5e-3, err_msg=name
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("base", ["CHEAP", "COMPLETE"])
 @pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2", "two"])
 def test_thirty_steps_agree(data, long_alone, tmp_path, base, name):
+  same = {
+    "CHEAP": lambda *runs: assert_same_run(*runs, LONG),
+    "COMPLETE": assert_same_until_rounding_shows,
+  }[base]
   alone, base = long_alone(base), getattr(process_runs, base)
   if name == "two":
     done = process_runs.train(fields(data, LONG, base=base), tmp_path)
@@ -113,8 +132,8 @@ def test_thirty_steps_agree(data, long_alone, tmp_path, base, name):
     found = process_runs.logged(tmp_path)
   else:
     found = train_here(fields(data, LONG, MESHES[name], base), tmp_path)
-  print(name, worst(alone, found))
-  assert_same_run(alone, found, LONG)
+  print(name, worst(alone, found, last=10), worst(alone, found))
+  same(alone, found)
 
 
 def stopped_at(config_fields, workdir, step):
