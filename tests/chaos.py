@@ -151,6 +151,7 @@ def start_pair(data: pathlib.Path, run: pathlib.Path) -> list:
     run,
     config="configs/procedural.py:baseline",
     devices=2,
+    heartbeat=30,
   )
 
 
@@ -166,7 +167,8 @@ def one_pair(killing, data, run, rng, ends) -> None:
     running = start_pair(data, run)
     target = len(killing.ledger(run)) + rng.randint(2, 5)
     while victim is not None and len(killing.ledger(run)) < target:
-      assert all(process.poll() is None for process in running)
+      if any(process.poll() is not None for process in running):
+        raise RuntimeError(process_runs.finish(running, timeout=60))
       time.sleep(0.005)
     began = time.monotonic()
     if victim is not None:
