@@ -1,4 +1,4 @@
-"""launch/benchmark.py: its table, its file, and what it refuses."""
+"""The benchmark command: its table, its file, and what it refuses."""
 
 import json
 import subprocess

@@ -34,7 +34,17 @@ def get(name, variant):
   return module.get_config(variant) if variant else module.get_config()
 
 
-@pytest.mark.parametrize(("name", "variant"), sorted(every_config()))
+LONG = {("bdd100k", ""), ("clevr", ""), ("clevr", "tiny")}
+"""Configs whose step is much like another's, and slow to compile."""
+
+
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [
+    pytest.param(*which, marks=[pytest.mark.slow] if which in LONG else [])
+    for which in sorted(every_config())
+  ],
+)
 def test_one_step(name, variant):
   config = get(name, variant)
   config_lib.validate(config)

@@ -123,7 +123,12 @@ def test_metrics_have_the_guides_names_and_no_gap(place):
 
 
 @pytest.mark.parametrize(
-  "kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+  "kill",
+  [
+    signal.SIGKILL,
+    pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+  ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
   run = place["root"] / f"killed-{kill.name}"

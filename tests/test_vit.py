@@ -75,7 +75,9 @@ def test_remat_recomputes():
     str(jax.make_jaxpr(lambda p, m=m: jax.grad(loss)(p, m))(params))
     for m in (model, model.clone(remat="full"))
   ]
-  assert "remat" not in texts[0] and texts[1].count("remat") >= 2
+  # Attention by rows has its own, in either.
+  plain, recomputed = (text.count("remat") for text in texts)
+  assert recomputed >= plain + 2
 
 
 def test_bfloat16_is_close():
