@@ -16,6 +16,8 @@ import spectraldiffusion_jax as sd
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, SAVE = 12, 3
+SLOW, STOPS = pytest.mark.slow, (signal.SIGTERM, signal.SIGINT)
+KILLS = [signal.SIGKILL, *(pytest.param(n, marks=SLOW) for n in STOPS)]
 TINY = [
   "--config=configs/procedural.py:easy",
   "--config.data.train_split=train[:32]",
@@ -122,14 +124,7 @@ def test_metrics_have_the_guides_names_and_no_gap(place):
   assert {"val/ari", "val/fg_ari", "val/mbo"} <= logged[-1].keys()
 
 
-@pytest.mark.parametrize(
-  "kill",
-  [
-    signal.SIGKILL,
-    pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.parametrize("kill", KILLS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
   run = place["root"] / f"killed-{kill.name}"
   flags = [*TINY, f"--workdir={run}"]
