@@ -31,7 +31,7 @@ def get_config(variant: str = "easy") -> ConfigDict:
   c.model.num_slots = 11 if variant == "hard" else 8
   c.model.token_stride = 2
   c.training.batch_size = 16
-  c.training.num_steps = 900
+  c.training.num_steps = 900 if variant == "hard" else 400
   c.training.warmup_epochs = 1.0
   c.training.learning_rate = 3e-3
   c.training.weight_decay = 1e-4
@@ -44,7 +44,6 @@ def get_config(variant: str = "easy") -> ConfigDict:
   if variant == "vit":
     c.model.encoder = "vit_tiny"
     c.model.token_stride = 4
-    c.training.num_steps = 400
     c.training.learning_rate = 1e-3
     c.composite.rounds = 1  # too short a run to be its own teacher
   if variant == "baseline":
