@@ -71,9 +71,9 @@ def _rows(name: str) -> list[dict]:
 
 def _show(name: str, rows: list[dict]) -> None:
   """Prints the table, and writes it where --output says."""
-  from spectraldiffusion_jax.benchmarks import report
+  from spectraldiffusion_jax import markdown
 
-  print(f"{name}: {BENCHMARKS[name]}\n\n{report.markdown(rows)}", flush=True)
+  print(f"{name}: {BENCHMARKS[name]}\n\n{markdown.records(rows)}", flush=True)
   if OUTPUT.value:
     folder = pathlib.Path(OUTPUT.value).expanduser()
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from spectraldiffusion_jax.benchmarks import report
+from spectraldiffusion_jax import markdown
 
 
 def call(root, *flags):
@@ -20,7 +20,7 @@ def call(root, *flags):
 
 
 def test_tables_have_every_column_of_any_row():
-  text = report.markdown([{"form": "loop", "ms": 1.23456}, {"ratio": 2}])
+  text = markdown.records([{"form": "loop", "ms": 1.23456}, {"ratio": 2}])
   assert text == (
     "| form | ms | ratio |\n| --- | --- | --- |\n"
     "| loop | 1.235 |  |\n|  |  | 2 |\n"

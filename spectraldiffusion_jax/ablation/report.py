@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from spectraldiffusion_jax.ablation import cells, chart, one
+from spectraldiffusion_jax.markdown import table as markdown_table
 
 METRICS = {"fg_ari": "FG-ARI", "ari": "ARI", "mbo": "mBO"}
 MEASURED = {"seconds_per_step": min, "peak_mb": max, "seconds": max}
@@ -109,7 +110,7 @@ def markdown(rows: list[dict]) -> str:
   head = ["cell", "seeds", *METRICS.values()]
   head += [f"{METRICS[m]} - full" for m in ("fg_ari", "ari")]
   head += ["s/step", "MB", "what"]
-  lines = [head, ["---"] * len(head)]
+  lines = []
   for row in rows:
     line = [row["name"], str(row["seeds"])]
     line += [_plus_minus(row[m], row[f"{m}_sd"]) for m in METRICS]
@@ -121,7 +122,7 @@ def markdown(rows: list[dict]) -> str:
     failed = row.get("diverged")
     line += [row["note"] + (f"; {failed} diverged" if failed else "")]
     lines.append(line)
-  return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+  return markdown_table(head, lines)
 
 
 def _plus_minus(value, spread, sign="") -> str:
