@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from spectraldiffusion_jax import diagnostics, losses
 from spectraldiffusion_jax.ops import (
-  affinity,
   composite,
+  graph,
   instance_field,
   pseudo_labels,
   recolour,
@@ -24,7 +24,9 @@ from spectraldiffusion_jax.ops import (
 from spectraldiffusion_jax.train_step import LossFn, Metrics
 from spectraldiffusion_jax.types import ModelOutput
 
-GraphFn = Callable[[Float[Array, "h w E"]], affinity.Graph]
+GRID = 16
+"""Rows of tokens that the consistency loss of an instance field looks at."""
+GraphFn = Callable[[Float[Array, "h w E"]], graph.Graph]
 """Features of one image's token grid -> its graph."""
 
 
@@ -57,14 +59,31 @@ def model_terms(output: ModelOutput, graph_fn: GraphFn) -> Metrics:
       prior_logits=output.prior.weight,
     )
   if output.affinity is not None:
-    graph = jax.vmap(graph_fn)(jax.lax.stop_gradient(output.affinity))
+    affinity, attention = output.affinity, output.slots.attention
+    if output.field is not None:
+      affinity, attention = thinned(affinity, attention)
     terms["spectral_consistency"] = losses.spectral_consistency(
-      output.slots.attention, graph
+      attention, jax.vmap(graph_fn)(jax.lax.stop_gradient(affinity))
     )
   terms["diversity"] = losses.diversity(
     output.slots.slots, weight, output.slots.active
   )
   return terms
+
+
+def thinned(
+  features: Float[Array, "B h w E"], attention: Float[Array, "B K N"]
+) -> tuple[Float[Array, "B g v E"], Float[Array, "B K M"]]:
+  """Every s-th row and column of a token grid, some `GRID` rows of it.
+
+  Modularity is a mean over pairs of tokens. A sample of an even grid gives it
+  as well where the graph joins tokens wherever they are, and 256 tokens cost
+  a sixteenth of 1,024.
+  """
+  batch, height, width, _ = features.shape
+  step = max(1, height // GRID)
+  grid = attention.reshape(batch, -1, height, width)[:, :, ::step, ::step]
+  return features[:, ::step, ::step], grid.reshape(*grid.shape[:2], -1)
 
 
 def field_terms(

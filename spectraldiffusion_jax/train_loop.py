@@ -111,6 +111,7 @@ class _Loop:
     self.best = carried["best"]  # largest score so far, and its step
     self.advised = set(carried["advised"])  # problems named at the last log
     self.batches = None
+    self.compiled = False  # the training step, in this process
     training = self.config.training
     self.watch = divergence.Watch(
       folder,
@@ -143,7 +144,7 @@ class _Loop:
       if self.batches is None:
         self._open_batches(state, step)
       index, batch = next(self.batches)
-      state, metrics = self.run.train_step(state, batch)
+      state, metrics = self._update(state, batch)
       step += 1
       self.ledger.write(step, index)
       self.watch.remember(step, metrics, index)
@@ -168,6 +169,13 @@ class _Loop:
       if step in self.run.round_starts:
         self._close_batches()
     return 0
+
+  def _update(self, state: TrainState, batch: dict) -> tuple:
+    if self.compiled:
+      return self.run.train_step(state, batch)
+    with self.progress.compiling():
+      self.compiled = True
+      return jax.block_until_ready(self.run.train_step(state, batch))
 
   def _due(self, step: int) -> _Due:
     logging_ = self.config.logging

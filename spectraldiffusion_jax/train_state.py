@@ -37,7 +37,7 @@ def layer_names(params) -> list[str]:
 
 def no_history() -> Float[Array, "2 window"]:
   """`TrainState.recent` of a run that has not begun."""
-  return jnp.full((2, WINDOW), jnp.nan)
+  return jnp.full((2, WINDOW), jnp.nan, jnp.float32)
 
 
 def stream_keys(seed: Array | int, step: Array | int) -> dict[str, Array]:

@@ -195,7 +195,7 @@ class Progress:
     self._active = jax.process_index() == 0 if active is None else active
     self._total, self._batch = total, batch_size
     self._step, self._clock, self._since = start, clock, clock()
-    self._reports, self._rate = 0, 0.0
+    self._rate = 0.0
 
   def log(
     self, step: int, loss: float, ari: float | None = None
@@ -208,13 +208,13 @@ class Progress:
     now = self._clock()
     rate = (step - self._step) / max(now - self._since, 1e-9)
     self._step, self._since = step, now
-    self._reports += 1
-    # The first interval compiles: it says nothing about the time left.
-    fresh = self._reports <= 2
-    self._rate = rate if fresh else 0.7 * self._rate + 0.3 * rate
+    known = self._rate > 0
+    self._rate = 0.7 * self._rate + 0.3 * rate if known else rate
     if self._active:
-      seconds = (self._total - step) / max(self._rate, 1e-9)
-      left = datetime.timedelta(seconds=round(min(seconds, 1e9)))
+      steps, left = self._total - step, "unknown"
+      if self._rate or not steps:
+        seconds = steps / max(self._rate, 1e-9)
+        left = datetime.timedelta(seconds=round(min(seconds, 1e9)))
       parts = [
         f"step {step:{len(str(self._total))}d}/{self._total}",
         f"{rate:.2f} steps/s",
@@ -231,13 +231,26 @@ class Progress:
     }
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Time that belongs to no step: evaluation, pictures, checkpoints."""
+  def paused(self, *, steps: int = 0) -> Iterator[None]:
+    """Time that belongs to no step: evaluation, pictures, checkpoints.
+
+    Args:
+      steps: made meanwhile, which no rate counts.
+    """
     start = self._clock()
     try:
       yield
     finally:
       self._since += self._clock() - start
+      self._step += steps
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """The first step, in which a minute or more goes into compilation."""
+    if self._active:
+      print("compiling the training step", flush=True)
+    with self.paused(steps=1):
+      yield
 
 
 def _number(value) -> int | float:

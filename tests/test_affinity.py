@@ -94,14 +94,15 @@ def stencil_by_loops(features, sigma, far):
   return weight
 
 
-def test_stencil_graph_equals_loops_and_the_neighbour_store(monkeypatch):
+def test_stencil_graph_equals_loops_and_the_neighbour_store():
   features = field(5, 7, 3)
   far = affinity._far_partners(35, 10, 0)
   want = stencil_by_loops(features, 1.5, far)
   dense = jax.jit(affinity.stencil_graph)(features, sigma=1.5)
   np.testing.assert_allclose(dense.weight, want, atol=1e-5)
-  monkeypatch.setattr(affinity, "MAX_DENSE", 1)
-  sparse = jax.jit(lambda f: affinity.stencil_graph(f, sigma=1.5))(features)
+  sparse = jax.jit(
+    lambda f: affinity.stencil_graph(f, sigma=1.5, max_dense=1)
+  )(features)
   assert isinstance(sparse, graphs.NeighbourGraph)
   x = field(35, 4, seed=2)
   np.testing.assert_allclose(sparse.matvec(x), dense.matvec(x), atol=1e-4)

@@ -19,9 +19,8 @@ class Deaf(nn.Module):
   """A denoiser that never looks at its slots."""
 
   @nn.compact
-  def __call__(self, noised, t, slots, active, position):
-    masks = jnp.full((*slots.shape[:2], noised.shape[1]), 1 / slots.shape[1])
-    return nn.Dense(noised.shape[-1])(noised), masks
+  def __call__(self, noised, t, slots, position):
+    return nn.Dense(noised.shape[-1])(noised), slots.attention
 
 
 def scene(seed=0):

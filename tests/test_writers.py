@@ -171,19 +171,24 @@ def test_sigkill_loses_no_logged_line(tmp_path, root):
 def test_progress_lines(capsys):
   now = [0.0]
   progress = Progress(total=90, batch_size=8, clock=lambda: now[0])
-  now[0] = 20.0  # 10 steps with compilation
+  with progress.compiling():
+    now[0] = 100.0
+  progress.log(1, 0.75)  # the step that was compiled says nothing
+  now[0] = 109.0  # 9 steps in 9 s
   progress.log(10, 0.5)
   with progress.paused():
     now[0] += 1000.0
-  now[0] += 5.0  # 10 steps in 5 s: 2 steps/s, 70 steps left in 35 s
+  now[0] += 5.0  # 2 steps/s: 0.7 * 1 + 0.3 * 2 = 1.3; 70 / 1.3 = 54 s
   rates = progress.log(20, 0.25, 0.9)
   assert rates == {"steps_per_second": 2.0, "images_per_second": 16.0}
-  now[0] += 10.0  # 1 step/s: 0.7 * 2 + 0.3 * 1 = 1.7; 60 / 1.7 = 35 s
+  now[0] += 10.0  # 1 step/s: 0.7 * 1.3 + 0.3 * 1 = 1.21; 60 / 1.21 = 50 s
   progress.log(30, 0.125, ari=0.9)
   assert capsys.readouterr().out.splitlines() == [
-    "step 10/90  0.50 steps/s  4 images/s  eta 0:02:40  loss 0.5",
-    "step 20/90  2.00 steps/s  16 images/s  eta 0:00:35  loss 0.25  ari 0.900",
-    "step 30/90  1.00 steps/s  8 images/s  eta 0:00:35  loss 0.125  ari 0.900",
+    "compiling the training step",
+    "step  1/90  0.00 steps/s  0 images/s  eta unknown  loss 0.75",
+    "step 10/90  1.00 steps/s  8 images/s  eta 0:01:20  loss 0.5",
+    "step 20/90  2.00 steps/s  16 images/s  eta 0:00:54  loss 0.25  ari 0.900",
+    "step 30/90  1.00 steps/s  8 images/s  eta 0:00:50  loss 0.125  ari 0.900",
   ]
 
 

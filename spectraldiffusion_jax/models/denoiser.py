@@ -8,9 +8,10 @@ enters, so what is not in the noised token has to come through the slots.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.models import layers
+from spectraldiffusion_jax.types import Slots
 
 
 def time_embedding(t: Float[Array, " B"], width: int) -> Float[Array, "B D"]:
@@ -23,9 +24,10 @@ def time_embedding(t: Float[Array, " B"], width: int) -> Float[Array, "B D"]:
 class CompositionalDenoiser(nn.Module):
   """One prediction and one mask logit for each (slot, token); mixed by masks.
 
-  Tokens do not see each other, so slots carry all non-local information, and
-  mask logits come from slot and position alone: they never see the noise,
-  and one evaluation gives the masks.
+  Tokens do not see each other, so slots carry all non-local information. Masks
+  are the slots' attention times a factor of slot and position that starts at
+  one: they never see the noise, and one evaluation gives them. Starting from
+  nothing, the masks came too slowly for slots to be of use (docs/results.md).
   """
 
   width: int = 256
@@ -37,27 +39,27 @@ class CompositionalDenoiser(nn.Module):
     self,
     noised: Float[Array, "B N C"],
     t: Float[Array, " B"],
-    slots: Float[Array, "B K D"],
-    active: Bool[Array, "B K"],
+    slots: Slots,
     position: Float[Array, "B N 4"],
   ) -> tuple[Float[Array, "B N C"], Float[Array, "B K N"]]:
     """Predicted v, and masks that sum to 1 over active slots."""
 
-    def dense(width, name):
-      return nn.Dense(width, dtype=self.dtype, name=name)
+    def dense(width, name, **options):
+      return nn.Dense(width, dtype=self.dtype, name=name, **options)
 
+    slots, attention, active = slots.slots, slots.attention, slots.active
     time = dense(self.width, "time")(time_embedding(t, 32))[:, None, None]
     slot = dense(self.width, "slot")(slots)[:, :, None]
     place = dense(self.width, "position")(position)[:, None]
     token = dense(self.width, "token")(noised)[:, None]
-    mask = dense(1, "mask")(
+    factor = dense(1, "mask", kernel_init=nn.initializers.zeros)(
       nn.relu(
         dense(self.width, "mask_slot")(slots)[:, :, None]
         + dense(self.width, "mask_position")(position)[:, None]
       )
     )[..., 0]
-    mask = jnp.where(active[:, :, None], mask.astype(jnp.float32), -1e9)
-    masks = jax.nn.softmax(mask, axis=1)
+    mask = jnp.log(attention + 1e-4) + factor.astype(jnp.float32)
+    masks = jax.nn.softmax(jnp.where(active[:, :, None], mask, -1e9), axis=1)
     x = nn.relu(token + slot + place + time)
     x = layers.MLP(
       (self.width,) * (self.depth - 1) + (noised.shape[-1],), self.dtype
@@ -84,11 +86,11 @@ class CrossAttentionDenoiser(nn.Module):
     self,
     noised: Float[Array, "B N C"],
     t: Float[Array, " B"],
-    slots: Float[Array, "B K D"],
-    active: Bool[Array, "B K"],
+    slots: Slots,
     position: Float[Array, "B N 4"],
   ) -> tuple[Float[Array, "B N C"], Float[Array, "B K N"]]:
     """Predicted v, and masks that sum to 1 over active slots."""
+    slots, active = slots.slots, slots.active
     b, k, _ = slots.shape
 
     def dense(width, name):

@@ -97,28 +97,28 @@ class DiffusionDecoder(nn.Module):
     b, n, _ = x0.shape
     place = self._place(features)
     if not train:
-      v, masks = self.denoiser(
-        jnp.zeros_like(x0), jnp.ones(b), slots.slots, slots.active, place
-      )
+      v, masks = self.denoiser(jnp.zeros_like(x0), jnp.ones(b), slots, place)
       return Decoded(masks=masks, prediction=-v, target=x0, weight=jnp.ones(b))
     pick, level, draw = jax.random.split(self.make_rng("noise"), 3)
     if self.num_tokens and self.num_tokens < n:
       some = jax.random.choice(pick, n, (self.num_tokens,), replace=False)
       x0, place = x0[:, some], place[:, some]
+      slots = slots.replace(attention=slots.attention[:, :, some])
     t = jax.random.randint(level, (b,), 1, self.num_timesteps + 1)
     t = t / self.num_timesteps
     alpha, sigma = noise.cosine(t)
     noised = noise.add_noise(
       x0, jax.random.normal(draw, x0.shape), alpha, sigma
     )
-    v, masks = self.denoiser(noised, t, slots.slots, slots.active, place)
+    v, masks = self.denoiser(noised, t, slots, place)
     swapped = None
     if b > 1:
       other = jax.tree.map(
         lambda x: jax.lax.stop_gradient(jnp.roll(x, 1, axis=0)), slots
       )
+      other = other.replace(attention=other.attention[:, :, ::SWAP])
       some, where = noised[:, ::SWAP], place[:, ::SWAP]
-      swapped, _ = self.denoiser(some, t, other.slots, other.active, where)
+      swapped, _ = self.denoiser(some, t, other, where)
       swapped = noise.to_x0(swapped, some, alpha, sigma)
     return Decoded(
       masks=masks,
@@ -150,7 +150,7 @@ class DiffusionDecoder(nn.Module):
     denoiser, variables = self.denoiser.unbind()
 
     def denoise(x, t):
-      v, _ = denoiser.apply(variables, x, t, slots.slots, slots.active, place)
+      v, _ = denoiser.apply(variables, x, t, slots, place)
       return noise.to_x0(v, x, *noise.cosine(t))
 
     drawn = noise.sample(

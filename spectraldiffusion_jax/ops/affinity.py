@@ -142,6 +142,7 @@ def stencil_graph(
   far_rounds: int = 10,
   far_weight: float = 0.5,
   seed: int = 0,
+  max_dense: int = MAX_DENSE,
 ) -> Graph:
   """Joins near tokens, and a few fixed far ones, by likeness of features.
 
@@ -157,9 +158,10 @@ def stencil_graph(
     far_rounds: Random permutations; each gives two far partners a token.
     far_weight: Weight of a far edge between equal tokens.
     seed: Of the far edges; they are the same for every image.
+    max_dense: Most tokens for which the graph is a matrix.
 
   Returns:
-    A dense graph for at most MAX_DENSE tokens, neighbour lists above.
+    A dense graph for at most `max_dense` tokens, neighbour lists above.
   """
   grid = features.shape[:2]
   size = grid[0] * grid[1]
@@ -167,7 +169,7 @@ def stencil_graph(
   near, inside = _stencil_partners(grid, radius)
   far = _far_partners(size, far_rounds, seed)
   off_self = far != np.arange(size)[:, None]
-  if size <= MAX_DENSE:
+  if size <= max_dense:
     row = np.arange(size)[:, None]
     near_mask = np.zeros((size, size), np.uint8)
     np.add.at(near_mask, (row, near), inside)

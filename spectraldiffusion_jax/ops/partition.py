@@ -1,5 +1,6 @@
 """The training-free step: features to a partition, partition to masks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from spectraldiffusion_jax.ops.clustering import (
 )
 from spectraldiffusion_jax.ops.refine import refine_pixels
 from spectraldiffusion_jax.ops.scales import per_scale_clusters
+
+MAX_DENSE_CPU = 256
+"""Tokens above which a CPU multiplies by neighbour lists, not by a matrix."""
 
 
 class Partition(NamedTuple):
@@ -68,10 +72,16 @@ def graph_partition(
   contrast = features if contrast is None else _finite(contrast)
   if sigma is None:
     sigma = 0.7 * affinity.neighbour_step(features, quantile=0.9)
-  share = graph_clusters(
-    affinity.stencil_graph(features, sigma=sigma),
-    count=clusters,
-    count_rule=count_rule,
+
+  def cut(features, sigma, **limit):
+    graph = affinity.stencil_graph(features, sigma=sigma, **limit)
+    return graph_clusters(graph, count=clusters, count_rule=count_rule)
+
+  share = jax.lax.platform_dependent(
+    features,
+    jnp.asarray(sigma, features.dtype),
+    cpu=functools.partial(cut, max_dense=MAX_DENSE_CPU),
+    default=cut,
   )
   segment = segments.merged_segments(
     jnp.argmax(share, axis=1).reshape(grid),
