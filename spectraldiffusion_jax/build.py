@@ -120,35 +120,25 @@ def make_model(config: ConfigDict) -> model_lib.SpectralDiffusion:
   )
 
 
-def make_teacher(
-  config: ConfigDict, segment: Callable | None
-) -> Callable[..., Array]:
-  """Label maps to train on: (params, image) -> [B H W] uint8.
+def make_cleaner(config: ConfigDict) -> Callable[..., Array]:
+  """A teacher's segments made fit to train on: (labels, field) -> uint8.
 
-  Args:
-    config: of the run.
-    segment: (params, image) -> ModelOutput of the model as it stands, or None
-      for the training-free step.
+  `field` is the instance field of the model that made the labels, if it has
+  one; both are of a batch. See ops/pseudo_labels.py.
   """
   clean = functools.partial(
     pseudo_labels.pseudo_labels, num=config.model.num_slots - 1
   )
-  free = build_spectral.make_training_free(config)
 
-  def labels(params, image):
-    if segment is None:
-      found, chance = free(image).astype(jnp.int32), None
-      kept = jax.vmap(clean)(found)
-    else:
-      output = segment(params, image)
-      found = jnp.argmax(output.masks, axis=1).astype(jnp.int32)
-      chance = None
-      if output.field is not None:
-        chance = jax.nn.sigmoid(output.field[..., 0])
-      kept = jax.vmap(lambda y, c: clean(y, chance=c))(found, chance)
+  def cleaned(labels, field=None):
+    labels = labels.astype(jnp.int32)
+    if field is None:
+      return pseudo_labels.encode(jax.vmap(clean)(labels))
+    chance = jax.nn.sigmoid(field[..., 0])
+    kept = jax.vmap(lambda y, c: clean(y, chance=c))(labels, chance)
     return pseudo_labels.encode(kept)
 
-  return labels
+  return cleaned
 
 
 def make_reconstruct(

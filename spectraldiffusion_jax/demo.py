@@ -7,6 +7,7 @@ import time
 import numpy as np
 from ml_collections import ConfigDict
 
+from spectraldiffusion_jax import config as config_lib
 from spectraldiffusion_jax import (
   evaluate,
   reports,
@@ -33,10 +34,11 @@ def run(config: ConfigDict, output: pathlib.Path, *, started: float) -> int:
     The exit code of the training, whose RESULT line only comes if it is 0.
   """
   started = started or time.time()
-  code = train_loop.train_and_evaluate(config, str(output / "run"))
+  config_lib.validate(config)
+  parts = Run(config)
+  code = train_loop.train_and_evaluate(config, str(output / "run"), run=parts)
   if code:
     return code
-  parts = Run(config)
   batches = parts.eval_batches(SPLIT)
   trained = parts.segmenter(
     parts.place_params(segmenter.load(output / "run").params)

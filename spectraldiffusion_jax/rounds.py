@@ -8,12 +8,14 @@ checkpoint is kept as well (`retention.Retention.pinned`): from it damaged
 labels are made again.
 """
 
+import datetime
 import hashlib
 import io
 import logging
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterable
 
 import jax
@@ -27,6 +29,8 @@ from spectraldiffusion_jax.train_state import TrainState
 from spectraldiffusion_jax.types import Batch
 
 FOLDER = "labels"
+PATIENCE = 10.0
+"""Seconds between two lines about how far the labels are."""
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -46,15 +50,26 @@ def label_images(
   *,
   num_examples: int,
   mesh: Mesh,
-  progress=lambda done, total: None,
 ) -> np.ndarray:
-  """Labels [num_examples H W] uint8 of a split, in its order."""
-  parts = []
+  """Labels [num_examples H W] uint8 of a split, in its order.
+
+  Says every few seconds how far it is.
+  """
+  parts, begin = [], time.monotonic()
+  said = begin
   for batch in batches:
     image = sharding.shard_batch({"image": batch["image"]}, mesh)["image"]
     labels = sharding.local_rows(segment(image))
     parts.append(sharding.gather_rows(labels, mesh))
-    progress(sum(map(len, parts)), num_examples)
+    now = time.monotonic()
+    if now - said > PATIENCE and jax.process_index() == 0:
+      said, done = now, min(sum(map(len, parts)), num_examples)
+      rate = done / (now - begin)
+      print(
+        f"labels {done}/{num_examples}  {rate:.0f} images/s  eta"
+        f" {datetime.timedelta(seconds=round((num_examples - done) / rate))}",
+        flush=True,
+      )
   return np.concatenate(parts)[:num_examples]
 
 

@@ -211,9 +211,9 @@ class Run:
 
     Those of the training-free step for round 0, else those of the model.
     """
-    teacher = self.program.teachers[1 if first else 0]
+    params = state.params if first else None
     return rounds.label_images(
-      functools.partial(teacher, state.params),
+      functools.partial(self.program.teach, params),
       self.eval_batches(self.config.data.train_split),
       num_examples=self.num_examples,
       mesh=self.mesh,

@@ -45,6 +45,7 @@ def train_and_evaluate(
   *,
   exp_name: str = "",
   resume: str = "",
+  run: Run | None = None,
 ) -> int:
   """Trains to the end of `config`, from the workdir's checkpoint if any.
 
@@ -53,6 +54,7 @@ def train_and_evaluate(
     workdir: folder of the run, made if it is not there.
     exp_name: subfolder of workdir to use instead.
     resume: workdir of another run whose newest state a fresh run starts from.
+    run: of this config, if it is there already.
 
   Returns:
     0 complete, EXIT_CODE stopped by a signal and saved, DIVERGED.
@@ -65,7 +67,7 @@ def train_and_evaluate(
   distributed.check_same("\n".join(same), "the config")
   folder = pathlib.Path(workdir).expanduser().absolute() / exp_name
   with workdir_lib.locked(folder), StopRequest() as stop:
-    run = Run(config)
+    run = run or Run(config)
     print(sharding.describe(run.mesh))
     workdir_lib.claim(folder, config)
     with Checkpoints(

@@ -30,12 +30,12 @@ def main(argv: list[str]) -> int:
   folder = pathlib.Path(place)
   config = config_lib.load(folder / CONFIG)
   start = time.perf_counter()
-  code = train_loop.train_and_evaluate(config, str(folder / "run"))
+  parts = Run(config)
+  code = train_loop.train_and_evaluate(config, str(folder / "run"), run=parts)
   if code:
     return code
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   seconds = time.perf_counter() - start
-  parts = Run(config)
   trained = segmenter.load(folder / "run").params
   functions = {"trained": parts.segmenter(parts.place_params(trained))}
   if controls:

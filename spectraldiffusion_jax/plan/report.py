@@ -95,7 +95,7 @@ def plan(
   state, batch = program.abstract_state, program.abstract_batch
   calls = {
     "train": (program.train_step, (state, batch)),
-    "eval": (program.labels, (state.params, batch["image"])),
+    "eval": (program.eval_step, (state.params, batch["image"])),
   }
   found_steps = tuple(measure(name, *calls[name], place) for name in steps)
   found = Plan(
