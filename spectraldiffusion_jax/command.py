@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -127,9 +128,25 @@ def _without_traceback(message: str) -> str:
   return f"{head} {last}" if found else message
 
 
+def _field_unknown(error: Exception) -> str:
+  """What ml_collections says of a field that there is not, as it was typed."""
+  said = error.args[0] if error.args else ""
+  if isinstance(said, KeyError):  # within an AttributeError
+    said = said.args[0]
+  said = str(said)
+  found = re.fullmatch(r"'?(\w+)'?\s*(Did you mean .*)?", said, re.DOTALL)
+  if not found:
+    return said
+  typed = (a.partition("=")[0] for a in sys.argv)
+  field = next((a for a in typed if a.endswith(f".{found[1]}")), found[1])
+  hint = found[2] or "configs/default.py lists all fields"
+  return f"{field}: the config has no such field. {hint}"
+
+
 def _report(error: Exception | str) -> int:
   """Prints the error as one line and returns its exit code."""
-  message = error.args[0] if isinstance(error, KeyError) else error
-  text = one_line(_without_traceback(str(message)))
+  if isinstance(error, KeyError | AttributeError):
+    error = _field_unknown(error)
+  text = one_line(_without_traceback(str(error)))
   print("error:", text, file=sys.stderr)
   return USER_ERROR

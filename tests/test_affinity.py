@@ -100,9 +100,9 @@ def test_stencil_graph_equals_loops_and_the_neighbour_store():
   want = stencil_by_loops(features, 1.5, far)
   dense = jax.jit(affinity.stencil_graph)(features, sigma=1.5)
   np.testing.assert_allclose(dense.weight, want, atol=1e-5)
-  sparse = jax.jit(
-    lambda f: affinity.stencil_graph(f, sigma=1.5, max_dense=1)
-  )(features)
+  sparse = jax.jit(lambda f: affinity.stencil_graph(f, sigma=1.5, max_dense=1))(
+    features
+  )
   assert isinstance(sparse, graphs.NeighbourGraph)
   x = field(35, 4, seed=2)
   np.testing.assert_allclose(sparse.matvec(x), dense.matvec(x), atol=1e-4)

@@ -12,13 +12,17 @@ import pytest
 from spectraldiffusion_jax.data import prepare as prepare_lib
 from spectraldiffusion_jax.errors import UserError
 
+NO = 'the config has no such field. Did you mean "root"'
 COMMAND = """
 import os, sys, time
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 from spectraldiffusion_jax import command
 from spectraldiffusion_jax.errors import UserError
 NAME = flags.DEFINE_string("name", None, "A name.")
 COUNT = flags.DEFINE_integer("count", 0, "A number.")
+fields = ConfigDict({"data": {"root": "here"}})
+config_flags.DEFINE_config_dict("config", fields, "Fields.")
 def main(argv):
   command.no_arguments(argv)
   kind = command.require(NAME, "name")
@@ -61,6 +65,8 @@ def command(tmp_path_factory):
     ([], 2, "error: --name is required; --help lists the flags\n"),
     (["--nam=a"], 2, "error: Unknown command line flag 'nam'. Did you mean"),
     (["--name=a", "--count=b"], 2, "error: flag --count=b: "),
+    (["--name=a", "--config.data.rot=b"], 2, f"error: --config.data.rot: {NO}"),
+    (["--name=a", "--config.data.place=b"], 2, "error: --config.data.place: "),
     (["--name=a", "more"], 2, "error: unexpected argument 'more'; "),
   ],
 )

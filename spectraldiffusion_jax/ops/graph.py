@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 MAX_DENSE = 1024
 """Largest number of tokens for which an N x N matrix is ever built."""
+MAX_DENSE_CPU = 256
+"""That for graphs of few edges on a CPU: lists multiply faster beyond it."""
 _EXACT = "highest"
 
 

@@ -14,11 +14,9 @@ from spectraldiffusion_jax.ops.clustering import (
   graph_clusters,
   modularity_merge,
 )
+from spectraldiffusion_jax.ops.graph import MAX_DENSE_CPU
 from spectraldiffusion_jax.ops.refine import refine_pixels
 from spectraldiffusion_jax.ops.scales import per_scale_clusters
-
-MAX_DENSE_CPU = 256
-"""Tokens above which a CPU multiplies by neighbour lists, not by a matrix."""
 
 
 class Partition(NamedTuple):
@@ -72,16 +70,8 @@ def graph_partition(
   contrast = features if contrast is None else _finite(contrast)
   if sigma is None:
     sigma = 0.7 * affinity.neighbour_step(features, quantile=0.9)
-
-  def cut(features, sigma, **limit):
-    graph = affinity.stencil_graph(features, sigma=sigma, **limit)
-    return graph_clusters(graph, count=clusters, count_rule=count_rule)
-
-  share = jax.lax.platform_dependent(
-    features,
-    jnp.asarray(sigma, features.dtype),
-    cpu=functools.partial(cut, max_dense=MAX_DENSE_CPU),
-    default=cut,
+  share = _stencil_clusters(
+    features, sigma, count=clusters, count_rule=count_rule
   )
   segment = segments.merged_segments(
     jnp.argmax(share, axis=1).reshape(grid),
@@ -92,6 +82,18 @@ def graph_partition(
   )
   share = jax.nn.one_hot(segment, max_fragments).reshape(-1, max_fragments)
   return _as_partition(share, grid, num_slots=num_slots, hard=True)
+
+
+def _stencil_clusters(features, sigma, **options):
+  """Clusters of the stencil graph, stored as its platform multiplies best."""
+
+  def cut(features, sigma, **limit):
+    graph = affinity.stencil_graph(features, sigma=sigma, **limit)
+    return graph_clusters(graph, **options)
+
+  sigma = jnp.asarray(sigma, features.dtype)
+  lists = functools.partial(cut, max_dense=MAX_DENSE_CPU)
+  return jax.lax.platform_dependent(features, sigma, cpu=lists, default=cut)
 
 
 def fused_partition(
