@@ -12,17 +12,22 @@ import pytest
 from spectraldiffusion_jax.data import prepare as prepare_lib
 from spectraldiffusion_jax.errors import UserError
 
+FILE = "--config=fields.py"
 NO = 'the config has no such field. Did you mean "root"'
+FIELDS = """
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict({"data": {"root": "here"}})
+"""
 COMMAND = """
 import os, sys, time
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from spectraldiffusion_jax import command
 from spectraldiffusion_jax.errors import UserError
 NAME = flags.DEFINE_string("name", None, "A name.")
 COUNT = flags.DEFINE_integer("count", 0, "A number.")
-fields = ConfigDict({"data": {"root": "here"}})
-config_flags.DEFINE_config_dict("config", fields, "Fields.")
+config_flags.DEFINE_config_file("config")
 def main(argv):
   command.no_arguments(argv)
   kind = command.require(NAME, "name")
@@ -53,6 +58,7 @@ def run(arguments, **options):
 def command(tmp_path_factory):
   path = tmp_path_factory.mktemp("command") / "command.py"
   path.write_text(COMMAND)
+  path.with_name("fields.py").write_text(FIELDS)
   return path
 
 
@@ -65,13 +71,13 @@ def command(tmp_path_factory):
     ([], 2, "error: --name is required; --help lists the flags\n"),
     (["--nam=a"], 2, "error: Unknown command line flag 'nam'. Did you mean"),
     (["--name=a", "--count=b"], 2, "error: flag --count=b: "),
-    (["--name=a", "--config.data.rot=b"], 2, f"error: --config.data.rot: {NO}"),
-    (["--name=a", "--config.data.place=b"], 2, "error: --config.data.place: "),
+    ([FILE, "--config.data.rot=b"], 2, f"error: --config.data.rot: {NO}"),
+    ([FILE, "--config.data.place=b"], 2, "error: --config.data.place: "),
     (["--name=a", "more"], 2, "error: unexpected argument 'more'; "),
   ],
 )
 def test_codes_and_lines(command, flags, code, message):
-  done = run([command, *flags])
+  done = run([command, *flags], cwd=command.parent)
   assert done.returncode == code
   assert done.stderr.startswith(message)
   assert done.stderr.count("\n") == (1 if message else 0)
