@@ -44,10 +44,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.train_split = "train[:80%]"
     c.data.val_split = "train[80%:]"
     c.composite.rounds = 2
-    # Chosen on scenes 0-199 (docs/results.md): a few spare slots cost less
-    # than objects that share one.
-    c.spectral.vote_sigma = 0.22
-    c.spectral.count_threshold = 0.8
     c.logging.log_interval = 25
     c.logging.val_interval = 9
     c.logging.image_interval = 450

@@ -46,8 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.knn_k = 20  # neighbours, modes fused and per_scale [guide]
   spectral.use_power_iteration = True  # False: dense eigh, unet only [guide]
   spectral.sigma = 0.06  # affinity scale of colours, Lab / 100 [here]
-  spectral.vote_sigma = 0.2  # affinity scale of votes, image height / 8 [here]
-  spectral.count_threshold = 0.9  # eigenvalues above it count objects [here]
+  spectral.vote_sigma = 0.22  # affinity scale of votes, image height / 8 [here]
+  spectral.count_threshold = 0.8  # eigenvalues above it count objects [here]
   spectral.count = "auto"  # auto | threshold | eigengap | fixed [here]
   spectral.merge = 0.07  # smallest boundary contrast kept, Lab / 100 [here]
 

@@ -20,6 +20,11 @@ from spectraldiffusion_jax.run import Run
 SPLIT = "test"
 NAMES = ("fg_ari", "ari", "mbo")
 PICTURES = 6
+TITLES = {
+  "trained": "trained",
+  "step0": "before training",
+  "training_free": "training-free step",
+}
 
 
 def run(config: ConfigDict, output: pathlib.Path, *, started: float) -> int:
@@ -87,6 +92,9 @@ def _draw(parts, columns, found, batches, path) -> None:
       f"FG-ARI {scores.fg_ari[i]:.2f}, ARI {scores.ari[i]:.2f} (trained)"
     )
   sheet = visualise.contact_sheet(
-    rows, captions=captions, titles=["image", "truth", *columns], height=160
+    rows,
+    captions=captions,
+    titles=["image", "truth", *(TITLES[name] for name in columns)],
+    height=160,
   )
   visualise.write_png(path, sheet)

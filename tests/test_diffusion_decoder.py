@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from spectraldiffusion_jax import diagnostics, losses
+from spectraldiffusion_jax.models import diffusion_decoder
 from spectraldiffusion_jax.models.denoiser import CompositionalDenoiser
 from spectraldiffusion_jax.models.diffusion_decoder import DiffusionDecoder
 from spectraldiffusion_jax.types import Features, Slots
@@ -117,6 +118,20 @@ def test_images_are_drawn_from_their_slots(trained, sampler):
   assert error < 0.1
   assert jnp.abs(others - jnp.roll(image, 1, 0)).mean() < 0.1
   assert jnp.abs(others - image).mean() > 2 * error
+
+
+@pytest.mark.parametrize(("latent_dim", "exact"), [(48, True), (47, False)])
+def test_pixels_undo_their_latents(latent_dim, exact):
+  _, _, features = scene()
+  image = np.random.default_rng(0).uniform(size=(BATCH, 16, 16, 3))
+  image = jnp.asarray(image, jnp.float32)
+  goal = diffusion_decoder.latents(
+    image, features, source="pixels", latent_dim=latent_dim
+  )
+  assert goal.values.shape == (BATCH, 16, latent_dim)
+  back = diffusion_decoder.pixels(goal.values, goal, image, features)
+  assert np.allclose(back, image, atol=1e-5) == exact
+  assert jnp.abs(back - image).mean() < 0.1
 
 
 def test_the_monitor_takes_no_part_in_training():

@@ -59,8 +59,7 @@ def latents(
   is wider than `latent_dim` is projected to a fixed orthonormal basis of it.
   """
   if source == "pixels":
-    stride = image.shape[1] // features.tokens.shape[1]
-    x = layers.space_to_depth(image, stride)
+    x = layers.space_to_depth(image, _stride(image, features))
   else:
     x = features.backbone.astype(jnp.float32)
   x = x.reshape(len(image), -1, x.shape[-1])
@@ -68,6 +67,28 @@ def latents(
   if width > latent_dim:
     x = x @ _basis(width, latent_dim)
   return whiten(x)
+
+
+def pixels(
+  x: Float[Array, "B N C"],
+  goal: Whitened,
+  image: Float[Array, "B H W 3"],
+  features: Features,
+) -> Float[Array, "B H W 3"]:
+  """Undoes `latents` of pixels: the image in [0, 1] nearest to latents x."""
+  stride = _stride(image, features)
+  x = x * goal.std + goal.mean
+  width = 3 * stride**2
+  if x.shape[-1] < width:
+    x = x @ _basis(width, x.shape[-1]).T
+  grid = features.tokens.shape[1:3]
+  x = layers.depth_to_space(x.reshape(len(x), *grid, -1), stride)
+  return jnp.clip(x, 0.0, 1.0)
+
+
+def _stride(image, features) -> int:
+  """Pixels a side of a token."""
+  return image.shape[1] // features.tokens.shape[1]
 
 
 class DiffusionDecoder(nn.Module):
@@ -161,13 +182,7 @@ class DiffusionDecoder(nn.Module):
       method=sampler,
       num_timesteps=self.num_timesteps,
     )
-    x = drawn * goal.std + goal.mean
-    stride = image.shape[1] // features.tokens.shape[1]
-    if 3 * stride**2 > self.latent_dim:
-      x = x @ _basis(3 * stride**2, self.latent_dim).T
-    grid = features.tokens.shape[1:3]
-    x = layers.depth_to_space(x.reshape(len(x), *grid, -1), stride)
-    return jnp.clip(x, 0.0, 1.0)
+    return pixels(drawn, goal, image, features)
 
   def _latents(self, image, features) -> Whitened:
     return latents(
