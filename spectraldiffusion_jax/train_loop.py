@@ -111,7 +111,7 @@ class _Loop:
     carried = carried or {"scores": {}, "best": {}, "advised": []}
     self.scores = carried["scores"]  # of the latest validation
     self.best = carried["best"]  # largest score so far, and its step
-    self.advised = set(carried["advised"])  # problems named at the last log
+    self.advised = set(carried["advised"])  # problems named so far
     self.batches = None
     self.compiled = False  # the training step, in this process
     training = self.config.training
@@ -258,10 +258,11 @@ class _Loop:
     row |= self.progress.log(step, loss, ari)
     self.writer.write_scalars(step, row)
     advice = diagnostics.advice(values)
-    named = {line.partition(":")[0] for line in advice}
-    if named - self.advised:
-      print("\n".join(advice))
-    self.advised = named
+    for line in advice:
+      problem = line.partition(":")[0]
+      if problem not in self.advised:
+        print(line)
+      self.advised.add(problem)
 
   def _keep_best(self, step: int) -> None:
     for name, value in self.scores.items():
