@@ -170,7 +170,7 @@ def test_finished_cells_are_kept_and_a_stopped_one_comes_again(
 
 def test_results_of_another_config_or_split_are_refused(monkeypatch, tmp_path):
   ablate(monkeypatch, tmp_path, seeds=1)
-  with pytest.raises(UserError, match="training.num_steps: 400 -> 5"):
+  with pytest.raises(UserError, match=r"training.num_steps: [0-9]+ -> 5"):
     ablate(monkeypatch, tmp_path, seeds=1, num_steps=5)
   with pytest.raises(UserError, match="split: test -> validation"):
     ablate(monkeypatch, tmp_path, seeds=1, split="validation")

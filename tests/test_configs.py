@@ -34,7 +34,7 @@ def get(name, variant):
   return module.get_config(variant) if variant else module.get_config()
 
 
-LONG = {("bdd100k", ""), ("clevr", ""), ("clevr", "tiny")}
+LONG = {("bdd100k", ""), *(("clevr", v) for v in ("", "clevr6", "tiny"))}
 """Configs whose step is much like another's, and slow to compile."""
 
 
