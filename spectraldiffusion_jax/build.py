@@ -131,12 +131,9 @@ def make_cleaner(config: ConfigDict) -> Callable[..., Array]:
   )
 
   def cleaned(labels, field=None):
-    labels = labels.astype(jnp.int32)
-    if field is None:
-      return pseudo_labels.encode(jax.vmap(clean)(labels))
-    chance = jax.nn.sigmoid(field[..., 0])
-    kept = jax.vmap(lambda y, c: clean(y, chance=c))(labels, chance)
-    return pseudo_labels.encode(kept)
+    chance = None if field is None else jax.nn.sigmoid(field[..., 0])
+    each = jax.vmap(lambda label, chance: clean(label, chance=chance))
+    return pseudo_labels.encode(each(labels.astype(jnp.int32), chance))
 
   return cleaned
 
