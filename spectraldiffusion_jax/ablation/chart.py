@@ -103,7 +103,7 @@ def _head(pen, titles, score, gain, bottom):
     x += 100
   pen.text(x, 21, "mean, bars: sd over seeds", "lm", FAINT)
   pen.text(gain.left, 21, "paired difference to full, +- se", "lm", FAINT)
-  for axis, form in ((score, ".1f"), (gain, "+.2f")):
+  for axis, form in ((score, ".1f"), (gain, "+.3g")):
     for tick in axis.ticks():
       zero = abs(tick) < 1e-12
       ink = FAINT if zero else GRID
