@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spectraldiffusion_jax.errors import UserError
-from spectraldiffusion_jax.ops import noise
+from spectraldiffusion_jax.ops import draws, noise
 
 SCHEDULES = [
   noise.cosine,
@@ -46,6 +46,14 @@ def test_schedule_ends_and_falls(schedule):
   assert bool((jnp.diff(alpha) < 0).all() & (jnp.diff(sigma) > 0).all())
   slopes = jax.vmap(jax.grad(lambda t: sum(schedule(t))))(t)
   assert bool(jnp.isfinite(slopes).all())
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 5), (4, 7, 3, 2)])
+def test_rows_hold_the_draws_of_the_whole(shape):
+  key = jax.random.key(3)
+  np.testing.assert_array_equal(
+    draws.normal(key, shape), jax.random.normal(key, shape)
+  )
 
 
 def test_cosine_is_a_cosine():

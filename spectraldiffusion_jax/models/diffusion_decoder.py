@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from spectraldiffusion_jax.models import layers
-from spectraldiffusion_jax.ops import noise
+from spectraldiffusion_jax.ops import draws, noise
 from spectraldiffusion_jax.types import Decoded, Features, Slots
 
 SWAP = 4
@@ -128,9 +128,8 @@ class DiffusionDecoder(nn.Module):
     t = jax.random.randint(level, (b,), 1, self.num_timesteps + 1)
     t = t / self.num_timesteps
     alpha, sigma = noise.cosine(t)
-    noised = noise.add_noise(
-      x0, jax.random.normal(draw, x0.shape), alpha, sigma
-    )
+    eps = draws.normal(draw, x0.shape)
+    noised = noise.add_noise(x0, eps, alpha, sigma)
     v, masks = self.denoiser(noised, t, slots, place)
     swapped = None
     if b > 1:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from spectraldiffusion_jax.errors import UserError, choose
+from spectraldiffusion_jax.ops import draws
 
 Schedule: TypeAlias = Callable[[Array], tuple[Array, Array]]
 Denoiser: TypeAlias = Callable[[Array, Array], Array]
@@ -290,7 +291,7 @@ def sample(
   start, steps = jax.random.split(key)
   return integrate(
     denoise_fn,
-    jax.random.normal(start, shape),
+    draws.normal(start, shape),
     trailing_grid(num_steps, num_timesteps=num_timesteps),
     method=method,
     schedule=schedule,

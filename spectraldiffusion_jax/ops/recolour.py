@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from spectraldiffusion_jax.ops import draws
+
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -50,5 +52,5 @@ def recolour(
   images = jnp.clip(grey + amount * (images - grey), 1e-3, 1.0)
   gamma = jnp.exp(0.15 * jax.random.normal(ways[6], each))
   images = images**gamma * jnp.exp(0.1 * jax.random.normal(ways[7], each))
-  noise = 0.008 * jax.random.normal(ways[8], images.shape)
+  noise = 0.008 * draws.normal(ways[8], images.shape)
   return jnp.clip(images + noise, 0.0, 1.0)
