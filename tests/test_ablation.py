@@ -39,6 +39,10 @@ def result(mean, *, seed=0, controls=False, **fields):
   } | fields
 
 
+def told(share):
+  return {"colour": share, "shading": share / 2, "size": -share}
+
+
 def test_the_command_answers_a_wrong_name_in_one_line(tmp_path):
   done = subprocess.run(
     [
@@ -101,7 +105,10 @@ def test_standard_error_counts_images_and_seeds():
 def test_table_chart_and_json_agree(tmp_path):
   results = {
     "phase1": {0: result(0.1)},
-    "full": {0: result(0.9, controls=True), 1: result(0.95, controls=True)},
+    "full": {
+      0: result(0.9, controls=True, readout=told(0.8)),
+      1: result(0.95, controls=True, readout=told(0.6)),
+    },
     "no_grey": {0: {"scores": {}, "split": "test", "diverged": True}},
   }
   text = report.write(results, tmp_path)
@@ -111,6 +118,7 @@ def test_table_chart_and_json_agree(tmp_path):
   names = [line.split("|")[1].strip() for line in lines[2:]]
   assert names == ["training_free", "step0", "phase1", "full", "no_grey"]
   assert "-0.800 +- " in lines[4] and "1 diverged" in lines[6]
+  assert "| 0.70, 0.35, -0.70 |" in lines[5] and "0.70," not in lines[4]
   rows = json.loads((tmp_path / "ablation.json").read_text())
   assert [row["name"] for row in rows] == names
   picture = chart.draw(rows, report.METRICS)
@@ -242,6 +250,7 @@ def test_two_cells_at_32_pixels(tmp_path):
   assert all(np.isfinite(row["ari"]) for row in rows)
   assert rows[2]["seconds_per_step"] > 0 and rows[2]["peak_mb"] > 100
   assert rows[0]["ari"] > rows[1]["ari"]
+  assert all(np.isfinite(row["slots_colour"]) for row in rows[2:])
   flags = [
     f"--trained={tmp_path / 'a' / 'cells' / 'full-0' / 'run'}",
     f"--workdir={tmp_path / 'b'}",

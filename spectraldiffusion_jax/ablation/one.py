@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
   _, place, split, *controls = argv
   from spectraldiffusion_jax import config as config_lib
   from spectraldiffusion_jax import evaluate, segmenter, train_loop
+  from spectraldiffusion_jax.ablation import readout
   from spectraldiffusion_jax.run import Run
 
   folder = pathlib.Path(place)
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> int:
     return code
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   seconds = time.perf_counter() - start
-  trained = segmenter.load(folder / "run").params
-  functions = {"trained": parts.segmenter(parts.place_params(trained))}
+  trained = parts.place_params(segmenter.load(folder / "run").params)
+  functions = {"trained": parts.segmenter(trained)}
   if controls:
     functions["step0"] = parts.segmenter(parts.init_state().params)
     functions["training_free"] = parts.training_free
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
   }
   result = {
     "scores": {name: per_image(scores) for name, scores in found.items()},
+    "readout": readout.read_out(parts, trained, split),
     "split": split,
     "seconds": round(seconds, 1),
     "seconds_per_step": fastest(folder / "run" / "metrics.jsonl"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from spectraldiffusion_jax.ablation import cells, chart, one
+from spectraldiffusion_jax.ablation import cells, chart, one, readout
 from spectraldiffusion_jax.markdown import table as markdown_table
 
 METRICS = {"fg_ari": "FG-ARI", "ari": "ARI", "mbo": "mBO"}
@@ -33,7 +33,8 @@ def summarise(results: Results) -> list[dict]:
 
   `metric_gain` and `metric_gain_se` are the paired difference to the cell
   `full` with the same seeds: negative where what is missing was worth
-  something. A number that cannot be had is None.
+  something. `slots_PROPERTY` and `slots_PROPERTY_sd` are what slot contents
+  tell of their objects (see `readout`). A number that cannot be had is None.
   """
   rows = []
   full = results.get(cells.FULL, {})
@@ -53,6 +54,10 @@ def summarise(results: Results) -> list[dict]:
     row = _row(name, cell.note, scores, _scores(full, "trained"))
     row["diverged"] = len(runs) - len(scores)
     kept = [r for r in runs.values() if r["scores"]]
+    told = [r["readout"] for r in kept if r.get("readout")]
+    for what in readout.PROPERTIES:
+      key = f"slots_{what}"
+      row[key], row[f"{key}_sd"] = _mean_sd([values[what] for values in told])
     for field, pick in MEASURED.items():
       if any(field in r for r in kept):
         row[field] = pick([r[field] for r in kept])
@@ -73,9 +78,7 @@ def _row(name, note, scores, full) -> dict:
   row = {"name": name, "note": note, "seeds": len(scores)}
   for metric in METRICS:
     means = [np.nanmean(s[metric]) for s in scores.values()]
-    row[metric] = float(np.mean(means)) if means else None
-    several = len(means) > 1
-    row[f"{metric}_sd"] = float(np.std(means, ddof=1)) if several else None
+    row[metric], row[f"{metric}_sd"] = _mean_sd(means)
     gain = None, None
     if name != cells.FULL:
       both = sorted(scores.keys() & full.keys())
@@ -84,6 +87,12 @@ def _row(name, note, scores, full) -> dict:
       )
     row[f"{metric}_gain"], row[f"{metric}_gain_se"] = gain
   return row
+
+
+def _mean_sd(values) -> tuple[float | None, float | None]:
+  """Mean and standard deviation over seeds, None where there are too few."""
+  mean = float(np.mean(values)) if values else None
+  return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def difference(gains: list[np.ndarray]) -> tuple[float | None, float | None]:
@@ -109,7 +118,8 @@ def markdown(rows: list[dict]) -> str:
   """The table, one row a cell."""
   head = ["cell", "seeds", *METRICS.values()]
   head += [f"{METRICS[m]} - full" for m in ("fg_ari", "ari")]
-  head += ["s/step", "MB", "what"]
+  head += ["slots tell " + ", ".join(readout.PROPERTIES), "s/step", "MB"]
+  head += ["what"]
   lines = []
   for row in rows:
     line = [row["name"], str(row["seeds"])]
@@ -118,6 +128,8 @@ def markdown(rows: list[dict]) -> str:
       _plus_minus(row[f"{m}_gain"], row[f"{m}_gain_se"], sign="+")
       for m in ("fg_ari", "ari")
     ]
+    told = [row.get(f"slots_{name}") for name in readout.PROPERTIES]
+    line += ["" if None in told else ", ".join(f"{t:.2f}" for t in told)]
     line += [_number(row, "seconds_per_step", ".3f"), _number(row, "peak_mb")]
     failed = row.get("diverged")
     line += [row["note"] + (f"; {failed} diverged" if failed else "")]
