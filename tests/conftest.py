@@ -8,6 +8,9 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Compilation dominates the suite: half of its time goes without these passes,
+# here and in the processes that tests start.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # One cache for the workers and the processes that tests start: much of what
 # they compile is the same. The first to come makes it, and removes it.
@@ -22,8 +25,6 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Compilation dominates the suite: half of its time goes without these passes.
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 if not flags.FLAGS.is_parsed():

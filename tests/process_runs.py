@@ -106,7 +106,6 @@ def launch(
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }
   cluster = [
     f"--coordinator=localhost:{port}",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -210,7 +209,6 @@ def run_command(flags):
   done = subprocess.run(
     [sys.executable, "launch/ablate.py", *flags],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
     capture_output=True,
     text=True,
   )

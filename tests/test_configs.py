@@ -34,18 +34,76 @@ def get(name, variant):
   return module.get_config(variant) if variant else module.get_config()
 
 
-LONG = {("bdd100k", ""), *(("clevr", v) for v in ("", "clevr6", "tiny"))}
-"""Configs whose step is much like another's, and slow to compile."""
+COMPILED = {("cityscapes", ""), ("default", ""), ("procedural", "baseline")}
+"""One config of each kind of encoder: the steps of others are compiled in the
+slow checks, and that of procedural:easy in test_end_to_end.py."""
 
 
-@pytest.mark.parametrize(
-  ("name", "variant"),
-  [
-    pytest.param(*which, marks=[pytest.mark.slow] if which in LONG else [])
-    for which in sorted(every_config())
-  ],
-)
+def parametrize(fast):
+  return pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+      pytest.param(*which, marks=[] if which in fast else [pytest.mark.slow])
+      for which in sorted(every_config())
+    ],
+  )
+
+
+@parametrize(fast=set(every_config()))
+def test_a_step_keeps_the_types_of_its_state(name, variant):
+  config = small(name, variant)
+  sections = ("model", "spectral", "mamba_slot", "diffusion", "composite")
+  check_types(
+    json.dumps(
+      {s: config[s].to_dict() for s in (*sections, "loss_weights")}
+      | {"training": {"remat": config.training.remat}},
+      sort_keys=True,
+    )
+  )
+
+
+@functools.cache
+def check_types(sections: str) -> None:
+  """Of the step of these sections: configs that differ in others share it.
+
+  If a type changed, the second step would compile everything anew.
+  """
+  config = config_lib.from_dict(json.loads(sections))
+  model, tx, step, batch = make_step(config)
+
+  def run(batch):
+    state = train_state.create(model, tx, batch["image"], 0)
+    return state, step(state, batch)
+
+  before, (after, metrics) = jax.eval_shape(run, batch)
+  assert jax.tree.map(types_of, before) == jax.tree.map(types_of, after)
+  assert metrics["loss"].shape == metrics["finite"].shape == ()
+
+
+def types_of(x):
+  return x.shape, x.dtype, x.weak_type
+
+
+@parametrize(fast=COMPILED)
 def test_one_step(name, variant):
+  model, tx, step, batch = make_step(small(name, variant))
+
+  @jax.jit
+  def run(batch):
+    state = train_state.create(model, tx, batch["image"], 0)
+    return state, step(state, batch)
+
+  before, (after, metrics) = jax.device_get(run(batch))
+  assert float(metrics["finite"]) == 1 and np.isfinite(metrics["loss"])
+  moved = jax.tree.map(
+    lambda a, b: not np.array_equal(a, b), before.params, after.params
+  )
+  assert any(jax.tree.leaves(moved)) and int(after.step) == 1
+  assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+
+
+def small(name, variant):
+  """The config, made small by its widths."""
   config = get(name, variant)
   config_lib.validate(config)
   with config.unlocked():
@@ -57,20 +115,11 @@ def test_one_step(name, variant):
       # test_slots_on_backbone.py has the published sizes.
       config.model.dinov2_model, config.model.backbone_size = "vit_tiny", 0
       config.model.token_stride, config.diffusion.num_tokens = 4, 4
-  sections = ("model", "spectral", "mamba_slot", "diffusion", "composite")
-  step_once(
-    json.dumps(
-      {s: config[s].to_dict() for s in (*sections, "loss_weights")}
-      | {"training": {"remat": config.training.remat}},
-      sort_keys=True,
-    )
-  )
+  return config
 
 
-@functools.cache
-def step_once(sections: str) -> None:
-  """One step; variants that differ in data or length alone share it."""
-  config = config_lib.from_dict(json.loads(sections))
+def make_step(config):
+  """Model, optimiser, step and a batch for it."""
   schedule = optim.make_schedule(
     learning_rate=1e-3, length=optim.Length(1, 10, 0, 1)
   )
@@ -84,24 +133,7 @@ def step_once(sections: str) -> None:
   step = train_step.make_train_step(
     build.make_loss_fn(config, model), tx, schedule=schedule, seed=0
   )
-  batch = make_batch(labels=bool(config.composite.rounds))
-
-  @jax.jit
-  def run(batch):
-    state = train_state.create(model, tx, batch["image"], 0)
-    return state, step(state, batch)
-
-  states = run(batch)
-  # Else the second step would compile everything anew.
-  types = [jax.tree.map(jax.typeof, s) for s in (states[0], states[1][0])]
-  assert types[0] == types[1]
-  before, (after, metrics) = jax.device_get(states)
-  assert float(metrics["finite"]) == 1 and np.isfinite(metrics["loss"])
-  moved = jax.tree.map(
-    lambda a, b: not np.array_equal(a, b), before.params, after.params
-  )
-  assert any(jax.tree.leaves(moved)) and int(after.step) == 1
-  assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+  return model, tx, step, make_batch(labels=bool(config.composite.rounds))
 
 
 def make_batch(*, labels: bool):

@@ -37,21 +37,12 @@ TINY = [
 ]
 
 
-def environment(cache: pathlib.Path) -> dict[str, str]:
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
-
-
-def command(script, *flags, data=None, cache, wait=True):
+def command(script, *flags, data=None, wait=True):
   where = [f"--config.data.data_root={data}"] if data else []
   process = subprocess.Popen(
     [sys.executable, f"launch/{script}.py", *flags, *where],
     cwd=ROOT,
-    env=environment(cache),
+    env=os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -64,15 +55,15 @@ def command(script, *flags, data=None, cache, wait=True):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """Data, compilation cache and a finished, undisturbed run."""
+  """Data and a finished, undisturbed run."""
   root = tmp_path_factory.mktemp("end_to_end")
-  data, cache = root / "data", root / "cache"
+  data = root / "data"
   code, out, err = command(
-    "train", *TINY, f"--workdir={root / 'whole'}", data=data, cache=cache
+    "train", *TINY, f"--workdir={root / 'whole'}", data=data
   )
   assert code == 0, err
   assert "steps/s" in out and "eta" in out and "ari" in out
-  return {"root": root, "data": data, "cache": cache, "run": root / "whole"}
+  return {"root": root, "data": data, "run": root / "whole"}
 
 
 def lines(run):
@@ -128,7 +119,7 @@ def test_metrics_have_the_guides_names_and_no_gap(place):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
   run = place["root"] / f"killed-{kill.name}"
   flags = [*TINY, f"--workdir={run}"]
-  where = dict(data=place["data"], cache=place["cache"])
+  where = dict(data=place["data"])
   process = command("train", *flags, **where, wait=False)
   deadline = time.monotonic() + 200
   while not (run / "checkpoints" / str(SAVE)).exists():
@@ -150,7 +141,6 @@ def test_a_complete_run_is_left_alone(place):
     *TINY,
     f"--workdir={place['run']}",
     data=place["data"],
-    cache=place["cache"],
   )
   assert code == 0 and "complete" in out
   assert (place["run"] / "metrics.jsonl").read_bytes() == before
@@ -165,9 +155,7 @@ def test_a_run_can_start_from_the_state_of_another(place):
     f"--config.training.num_steps={STEPS + 2}",
     "--config.composite.rounds=1",
   ]
-  code, out, err = command(
-    "train", *flags, data=place["data"], cache=place["cache"]
-  )
+  code, out, err = command("train", *flags, data=place["data"])
   assert code == 0, err
   assert [line["step"] for line in lines(run)] == [STEPS + 2]
   code, _, err = command(
@@ -176,7 +164,6 @@ def test_a_run_can_start_from_the_state_of_another(place):
     f"--workdir={place['root'] / 'other'}",
     f"--resume={place['root']}",
     data=place["data"],
-    cache=place["cache"],
   )
   assert code == 2 and "--resume" in err
 
@@ -188,7 +175,6 @@ def test_another_config_is_refused_by_field(place):
     f"--workdir={place['run']}",
     "--config.seed=5",
     data=place["data"],
-    cache=place["cache"],
   )
   assert code == 2 and "seed: 0 -> 5" in err and len(err.splitlines()) == 1
 
@@ -199,7 +185,6 @@ def test_evaluation_writes_what_it_prints(place):
     f"--workdir={place['run']}",
     "--split=test[:10]",
     f"--output={place['root'] / 'eval'}",
-    cache=place["cache"],
   )
   assert code == 0, err
   assert "fg_ari" in out and "training-free" in out and "10 images" in out
@@ -224,9 +209,7 @@ def test_evaluation_writes_what_it_prints(place):
   ],
 )
 def test_wrong_evaluation_flags_are_one_line(place, flags, words):
-  code, _, err = command(
-    "evaluate", f"--workdir={place['run']}", *flags, cache=place["cache"]
-  )
+  code, _, err = command("evaluate", f"--workdir={place['run']}", *flags)
   assert code == 2 and words in err
   assert len(err.strip().splitlines()) == 1, err
 
@@ -247,12 +230,12 @@ def test_own_images_of_every_kind(place):
   (photos / "broken.png").write_bytes(b"not an image")
   out = place["root"] / "out"
   flags = [f"--workdir={place['run']}", f"--images={photos}", f"--output={out}"]
-  code, text, err = command("predict", *flags, cache=place["cache"])
+  code, text, err = command("predict", *flags)
   assert code == 1 and "broken.png" in err and "5 images segmented" in text
   for name, size in {"rgb": (90, 50), "wide": (400, 20), "dot": (1, 1)}.items():
     assert Image.open(out / f"{name}_labels.png").size == size
   assert (out / "contact_sheet.png").exists()
-  code, _, err = command("predict", *flags, cache=place["cache"])
+  code, _, err = command("predict", *flags)
   assert code == 2 and "--overwrite" in err
 
 
@@ -268,7 +251,6 @@ def test_an_empty_folder_and_a_missing_run_are_one_line(place):
       "predict",
       *flags,
       f"--output={place['root'] / 'none'}",
-      cache=place["cache"],
     )
     assert code == 2 and len(err.strip().splitlines()) == 1, err
   assert not (place["root"] / "none").exists()
@@ -293,7 +275,6 @@ def test_wrong_config_fields_are_one_line(place, flag, words):
     f"--workdir={run}",
     flag,
     data=place["data"],
-    cache=place["cache"],
   )
   assert code == 2 and words in err
   assert len(err.strip().splitlines()) == 1, err

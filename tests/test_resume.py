@@ -14,6 +14,7 @@ from spectraldiffusion_jax import sharding
 from spectraldiffusion_jax.checkpoint import Checkpoints
 
 
+@pytest.mark.slow
 def test_a_handful_of_kills_changes_nothing(root):
   # Batch 7 is not finite: the run rolls back once, killed or not.
   flags = ["--kills=4", "--runs=1", "--pairs=0", "--damage=0", "--seed=3"]
