@@ -20,8 +20,10 @@ SLOW, STOPS = pytest.mark.slow, (signal.SIGTERM, signal.SIGINT)
 KILLS = [signal.SIGKILL, *(pytest.param(n, marks=SLOW) for n in STOPS)]
 TINY = [
   "--config=configs/procedural.py:easy",
+  "--config.data.dataset=procedural_clevr/easy_32",
   "--config.data.train_split=train[:32]",
   "--config.data.val_split=validation[:8]",
+  "--config.model.image_size=32",
   "--config.model.width=8",
   "--config.model.slot_dim=16",
   "--config.model.num_iterations=1",
