@@ -121,8 +121,7 @@ def test_metrics_have_the_guides_names_and_no_gap(place):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
   run = place["root"] / f"killed-{kill.name}"
   flags = [*TINY, f"--workdir={run}"]
-  where = dict(data=place["data"])
-  process = command("train", *flags, **where, wait=False)
+  process = command("train", *flags, data=place["data"], wait=False)
   deadline = time.monotonic() + 200
   while not (run / "checkpoints" / str(SAVE)).exists():
     assert time.monotonic() < deadline and process.poll() is None
@@ -130,7 +129,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, kill):
   process.send_signal(kill)
   process.communicate(timeout=300)
   assert process.returncode == (-kill if kill == signal.SIGKILL else 75)
-  code, _, err = command("train", *flags, **where)
+  code, _, err = command("train", *flags, data=place["data"])
   assert code == 0, err
   same(parameters(run), parameters(place["run"]))
   assert timeless(run) == timeless(place["run"])

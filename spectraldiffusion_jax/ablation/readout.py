@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from spectraldiffusion_jax import metrics
 from spectraldiffusion_jax.ops import color
 from spectraldiffusion_jax.run import Run
 from spectraldiffusion_jax.types import Batch
@@ -65,16 +66,14 @@ def pairs(
     for i in np.flatnonzero(batch["mask"]):
       truth = batch["segmentation"][i]
       lab = np.asarray(color.srgb_to_lab(jnp.asarray(batch["image"][i])))
-      sizes = np.bincount(labels[i].ravel(), minlength=slots.shape[1])
-      for one in np.unique(truth[truth > 0]):
+      table = metrics.contingency(truth, labels[i])
+      best = table.pred_ids[metrics.overlaps(table.counts).argmax(1)]
+      for one, slot in zip(table.true_ids, best, strict=True):
         mask = truth == one
-        if mask.sum() < MIN_PIXELS:
-          continue
-        common = np.bincount(labels[i][mask], minlength=slots.shape[1])
-        best = np.argmax(common / (sizes + mask.sum() - common))
-        contents.append(slots[i, best])
-        properties.append(describe(lab, mask))
-        images.append(batch["index"][i])
+        if one > 0 and mask.sum() >= MIN_PIXELS:
+          contents.append(slots[i, slot])
+          properties.append(describe(lab, mask))
+          images.append(batch["index"][i])
   return np.array(contents), np.array(properties), np.array(images, int)
 
 
