@@ -187,14 +187,16 @@ def test_compressed_tokens_keep_products_inside_the_span_of_the_pooled():
   # 40 directions, fewer than the 64 pooled tokens: nothing lies outside.
   random = np.random.default_rng(0)
   basis = random.standard_normal((40, 300))
-  flat = random.standard_normal((256, 40)) @ basis
-  tokens = graphs.unit_rows(jnp.asarray(flat, jnp.float32))
-  short = jax.jit(lambda t: landmarks.compressed(t, grid=(16, 16)))(tokens)
+  flat = random.standard_normal((256, 40)) @ basis + 5
+  flat = jnp.asarray(flat, jnp.float32)
+  short = jax.jit(landmarks.compressed)(flat.reshape(16, 16, 300), flat.mean(0))
   assert short.shape == (256, 64)
+  tokens = graphs.unit_rows(flat - flat.mean(0, keepdims=True))
   np.testing.assert_allclose(short @ short.T, tokens @ tokens.T, atol=0.02)
   # Negative control: white noise in 300 dimensions does lie outside.
-  noise = graphs.unit_rows(field(256, 300))
-  short = landmarks.compressed(noise, grid=(16, 16))
+  noise = field(256, 300)
+  short = landmarks.compressed(noise.reshape(16, 16, 300), jnp.zeros(300))
+  noise = graphs.unit_rows(noise)
   assert float(jnp.abs(short @ short.T - noise @ noise.T).max()) > 0.2
 
 

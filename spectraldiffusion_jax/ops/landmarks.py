@@ -52,26 +52,39 @@ def landmark_shares(
 
 
 def compressed(
-  tokens: Float[Array, "N E"], *, grid: tuple[int, int]
+  features: Float[Array, "h w E"], mean: Float[Array, " E"]
 ) -> Float[Array, "N A"]:
-  """Coordinates of tokens in the span of the coarsely pooled tokens.
+  """Coordinates of the unit tokens in the span of the coarsely pooled ones.
 
   Inner products with the span are kept, the rest is dropped: x^T A^T (A
   A^T)^-1 A y for the A = 64 tokens pooled to 8 rows, of a square grid. A
   fixed random projection to as many dimensions would blur cosines by 1/8.
+  The mean and the lengths are taken out of the products, so that centred or
+  unit tokens of full width are never written.
+
+  Args:
+    features: Wide tokens.
+    mean: Subtracted from each of them.
+
+  Returns:
+    N = h w short tokens.
 
   Source: Williams, Seeger, Using the Nystroem Method to Speed Up Kernel
   Machines (2001).
   """
-  basis = _pooled(tokens, grid, scale_grids(grid, scales=(BASIS_ROWS,))[0])
+  grid = features.shape[:2]
+  coarse = scale_grids(grid, scales=(BASIS_ROWS,))[0]
+  cells = color.pool_to_grid(features, grid=coarse) - mean[None, None]
+  basis = unit_rows(cells.reshape(coarse[0] * coarse[1], -1))
   gram = jnp.matmul(basis, basis.T, precision=_EXACT)
   # Pooled tokens of one object are nearly equal: the ridge keeps rank.
   root = jnp.linalg.cholesky(gram + 1e-4 * jnp.eye(len(basis)))
-  inner = jnp.matmul(tokens, basis.T, precision=_EXACT)
-  inverse = jax.scipy.linalg.solve_triangular(
-    root, jnp.eye(len(basis)), lower=True
-  )
-  return jnp.matmul(inner, inverse.T, precision=_EXACT)
+  span = jax.scipy.linalg.solve_triangular(root, basis, lower=True)
+  tokens = features.reshape(grid[0] * grid[1], -1)
+  inner = jnp.matmul(tokens, span.T, precision=_EXACT)
+  inner -= jnp.matmul(span, mean, precision=_EXACT)[None]
+  square = jnp.sum((tokens - mean[None]) ** 2, axis=1, keepdims=True)
+  return inner * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
 
 def _pooled(tokens, grid, pooled):
@@ -199,13 +212,11 @@ def _averaged(parts):
 def _prepared(features, *, centre, compress):
   """Unit tokens, compressed if that makes them shorter."""
   grid = features.shape[:2]
-  mean = jnp.mean(features, axis=(0, 1), keepdims=True)
-  features = features - mean * float(centre)
-  tokens = unit_rows(features.reshape(grid[0] * grid[1], -1))
+  mean = jnp.mean(features, axis=(0, 1)) * float(centre)
   basis = scale_grids(grid, scales=(BASIS_ROWS,))[0]
-  if compress and tokens.shape[1] > basis[0] * basis[1]:
-    return compressed(tokens, grid=grid)
-  return tokens
+  if compress and features.shape[-1] > basis[0] * basis[1]:
+    return compressed(features, mean)
+  return unit_rows(features.reshape(grid[0] * grid[1], -1) - mean[None])
 
 
 def _divides(coarse: tuple[int, int] | None, fine: tuple[int, int]) -> bool:
