@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from spectraldiffusion_jax import (
   build,
   build_spectral,
+  effort,
   evaluate,
   optim,
   rounds,
@@ -22,9 +23,6 @@ from spectraldiffusion_jax import (
   train_state,
   train_step,
 )
-
-ONCE_ON_CPU = {"xla_backend_optimization_level": 0}
-"""How XLA compiles for a CPU what runs a single time: six times as fast."""
 
 
 class Program:
@@ -49,6 +47,7 @@ class Program:
       training.batch_size, training.gradient_accumulation, mesh
     )
     self.config, self.mesh = config, mesh
+    self._on_cpu = mesh.devices.flat[0].platform == "cpu"
     self._gathered = functools.partial(sharding.gather_weights, mesh=mesh)
     self.model = build.make_model(config)
     self._schedule = optim.make_schedule(
@@ -82,11 +81,10 @@ class Program:
       shapes,
       self._at,
     )
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     self.init_state = jax.jit(
       lambda: create(jnp.zeros(image.shape)),
       out_shardings=self._at,
-      compiler_options=ONCE_ON_CPU if on_cpu else None,
+      compiler_options=effort.on_cpu(0) if self._on_cpu else None,
     )
     batch = {"image": ((size, size, 3), jnp.float32)}
     if config.composite.rounds:
@@ -114,6 +112,7 @@ class Program:
       in_shardings=(self._at, self._rows),
       out_shardings=(self._at, sharding.replicated(self.mesh)),
       donate_argnums=0,
+      compiler_options=effort.on_cpu(1) if self._on_cpu else None,
     )
 
   def _make_readers(self) -> None:

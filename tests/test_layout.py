@@ -18,7 +18,7 @@ ROOT = FOLDER.parent
 LAYERS = [
   row.split()
   for row in """
-    types errors version markdown
+    types errors version markdown effort
     ops
     data models losses metrics colours
     panoptic sheet diagnostics config_kinds config_ranges

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from spectraldiffusion_jax import build, optim, sharding, train_step
+from spectraldiffusion_jax import build, effort, optim, sharding, train_step
 from spectraldiffusion_jax.program import Program
 
 LENGTH = optim.Length(100, 1000, 10, 100)
@@ -62,7 +62,11 @@ def run(config: ConfigDict, *, repeats: int = 20) -> dict:
   device = jax.devices()[0]
   program = Program(config, sharding.make_mesh(devices=[device]), LENGTH)
   batch = _batch(program)
-  plain = jax.jit(_plain_step(config, program), donate_argnums=0)
+  plain = jax.jit(
+    _plain_step(config, program),
+    donate_argnums=0,
+    compiler_options=effort.on_cpu(1) if device.platform == "cpu" else None,
+  )
 
   def fresh():
     return jax.device_put(jax.device_get(program.init_state()), device)

@@ -13,6 +13,7 @@ from concurrent import futures
 import jax
 import numpy as np
 
+from spectraldiffusion_jax import effort
 from spectraldiffusion_jax.data import clevr_scenes
 from spectraldiffusion_jax.data.clevr_scenes import Drawn
 from spectraldiffusion_jax.ops import render
@@ -33,7 +34,9 @@ def _on_host(draw, size: int):
   compete with training for an accelerator.
   """
   one = functools.partial(draw, height=size, width=size)
-  stack = jax.jit(functools.partial(jax.lax.map, one))
+  stack = jax.jit(
+    functools.partial(jax.lax.map, one), compiler_options=effort.on_cpu(1)
+  )
   host = jax.local_devices(backend="cpu")[0]
   return lambda scenes: jax.device_get(stack(jax.device_put(scenes, host)))
 
