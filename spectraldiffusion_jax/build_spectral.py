@@ -42,6 +42,7 @@ def make_partition(config: ConfigDict) -> model_lib.Partitioner:
       vote_partition.vote_partition,
       num_slots=slots,
       sigma=spectral.vote_sigma,
+      chroma_sigma=spectral.chroma_sigma,
       threshold=spectral.count_threshold,
       dense=not spectral.use_power_iteration,
       count_rule=count_rule(config, default="threshold"),
@@ -85,7 +86,9 @@ def make_graph(config: ConfigDict) -> objective.GraphFn:
   """The graph in which the consistency loss counts modularity."""
   if has_field(config):
     return functools.partial(
-      vote_partition.vote_graph, sigma=config.spectral.vote_sigma
+      vote_partition.vote_graph,
+      sigma=config.spectral.vote_sigma,
+      chroma_sigma=config.spectral.chroma_sigma,
     )
   if config.model.dinov2_model:
     return functools.partial(

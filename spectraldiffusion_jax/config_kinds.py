@@ -110,6 +110,7 @@ FLOATS = (
   "loss_weights.vote",
   "mamba_slot.weight_threshold",
   "model.stickiness",
+  "spectral.chroma_sigma",
   "spectral.count_threshold",
   "spectral.merge",
   "spectral.sigma",

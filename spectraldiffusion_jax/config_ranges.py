@@ -56,6 +56,7 @@ NOT_NEGATIVE = (
   "model.backbone_trainable",
   "diffusion.num_tokens",
   "model.stickiness",
+  "spectral.chroma_sigma",
   "spectral.merge",
   "mamba_slot.weight_threshold",
   "training.num_epochs",

@@ -13,7 +13,7 @@ from spectraldiffusion_jax.errors import UserError
 
 @pytest.mark.parametrize(
   "config",
-  [default.get_config(), procedural.get_config(), clevr.get_config()],
+  [default.get_config(), procedural.get_config("hard"), clevr.get_config()],
   ids=["default", "procedural", "clevr"],
 )
 @pytest.mark.parametrize("name", cells.CELLS)
@@ -52,6 +52,17 @@ def test_a_wrong_name_is_refused_and_the_right_one_proposed():
     "full",
     "no_grey",
   ]
+
+
+def test_a_cell_that_would_train_the_full_model_again_is_left_out():
+  easy, every = procedural.get_config(), set(cells.CELLS)
+  names = {cell.name for cell in cells.choose_changes(easy, [])}
+  assert every - names == {"no_grey", "one_round"}
+  assert names == {c.name for c in cells.choose_changes(easy, sorted(names))}
+  hard = cells.choose_changes(procedural.get_config("hard"), [])
+  assert {cell.name for cell in hard} == every
+  with pytest.raises(UserError, match="the config has composite.rounds=1"):
+    cells.choose_changes(easy, ["full", "one_round"])
 
 
 def test_without_training_only_cells_that_keep_the_parameters_are_left():

@@ -67,6 +67,32 @@ def test_rows_sum_to_one_and_inactive_slots_hold_nothing(found):
   assert not (held & ~part.active).any()
 
 
+def test_chroma_tells_apart_what_votes_for_one_place():
+  # Two objects whose tokens all vote for the same centre.
+  features, truth = scene(2)
+  features[truth > 0, 1:3] = 4.0
+  chroma = np.array([[0.0, 0.0], [0.5, 0.2], [-0.3, 0.4]], np.float32)[truth]
+  coloured = np.concatenate([features, chroma], -1)
+
+  def labels(sigma):
+    part = vp.vote_partition(
+      jnp.asarray(coloured), num_slots=SLOTS, sigma=0.3, chroma_sigma=sigma
+    )
+    return part.assignment.argmax(1)
+
+  assert adjusted_rand_score(truth.ravel(), labels(0.15)) == 1.0
+  merged = np.minimum(truth.ravel(), 1)
+  assert adjusted_rand_score(merged, labels(0.0)) == 1.0
+  # Votes still count: one colour in two places is two objects.
+  features, truth = scene(4)
+  grey = np.concatenate([features, np.zeros((*GRID, 2), np.float32)], -1)
+  part = vp.vote_partition(
+    jnp.asarray(grey), num_slots=SLOTS, sigma=0.3, chroma_sigma=0.15
+  )
+  labels = part.assignment.argmax(1)
+  assert adjusted_rand_score(truth.ravel(), labels) == 1.0
+
+
 def test_blurred_votes_are_the_negative_control():
   # Votes spread as wide as the image belong to one object, not to six.
   features, _ = scene(6, noise=3.0)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from spectraldiffusion_jax.errors import choose
+from spectraldiffusion_jax.errors import UserError, choose
 
 PLAIN = {
   "composite.rounds": 0,
@@ -58,6 +58,11 @@ _ROWS = (
     "no_power_iteration",
     {"spectral.use_power_iteration": False},
     "dense eigenvectors in place of the block iteration",
+  ),
+  (
+    "no_chroma",
+    {"spectral.chroma_sigma": 0.0},
+    "objects are told apart by votes alone, not by votes and chroma",
   ),
   (
     "no_gmm_prior",
@@ -137,6 +142,31 @@ def choose_cells(names: Sequence[str]) -> list[Cell]:
   for name in names:
     choose("--cells", name, CELLS)
   return [c for c in CELLS.values() if not names or c.name in names]
+
+
+def choose_changes(config: ConfigDict, names: Sequence[str]) -> list[Cell]:
+  """The same without the cells whose parts the config is without already.
+
+  Raises:
+    UserError: there is no cell of a name, or it would train `full` again.
+  """
+  chosen = choose_cells(names)
+  left = [c for c in chosen if c.name == FULL or _changed(config, c)]
+  for cell in chosen if names else ():
+    if cell not in left:
+      held = ", ".join(f"{name}={value}" for name, value in cell.fields.items())
+      raise UserError(f"--cells={cell.name}: the config has {held} already")
+  return left
+
+
+def _changed(config: ConfigDict, cell: Cell) -> bool:
+  """Whether the cell's fields are not those of the config."""
+  return any(
+    config[section][field] != value
+    for (section, field), value in (
+      (name.split("."), value) for name, value in cell.fields.items()
+    )
+  )
 
 
 def configure(config: ConfigDict, cell: Cell, seed: int) -> ConfigDict:

@@ -52,7 +52,7 @@ def run(
   plan = [
     (cell, seed)
     for seed in range(config.seed, config.seed + seeds)
-    for cell in cells_lib.choose_cells(names)
+    for cell in cells_lib.choose_changes(config, names)
   ]
   configs = [cells_lib.configure(config, *item) for item in plan]
   for made in configs:

@@ -27,6 +27,7 @@ FIELDS = (
   "model.num_iterations",
   "model.stickiness",
   "model.use_spectral_init",
+  "spectral.chroma_sigma",
   "spectral.use_power_iteration",
 )
 """What a trained model can be asked to do without."""

@@ -90,20 +90,21 @@ def graph_features(
 
   `colour` is CIELAB / 100; `backbone` features are centred on the image's
   mean, which all of its tokens share, and scaled to unit length;
-  `field` is the chance of being foreground and the mean vote.
+  `field` is the chance of being foreground, the mean vote and the chroma.
   """
-  if source == "colour":
-    lab = jax.vmap(color.srgb_to_lab)(image)
-    return pool_grid(lab * jnp.array([0.7, 1.0, 1.0])[None, None, None], grid)
   if source == "backbone":
     x = features.backbone.astype(jnp.float32)
     x = x - x.mean((1, 2), keepdims=True)
     return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+  lab = jax.vmap(color.srgb_to_lab)(image)
+  if source == "colour":
+    return pool_grid(lab * jnp.array([0.7, 1.0, 1.0])[None, None, None], grid)
   chance = jax.nn.sigmoid(features.field[..., :1])
   vote = instance_field.votes(features.field)
   pooled = pool_grid(chance, grid)
   mean_vote = pool_grid(chance * vote, grid) / (pooled + 1e-6)
-  return jnp.concatenate([pooled, mean_vote], -1)
+  chroma = pool_grid(lab[..., 1:], grid)
+  return jnp.concatenate([pooled, mean_vote, chroma], -1)
 
 
 def upsample(

@@ -24,8 +24,8 @@ def random_partition(
   """Shares tokens out by the nearest of randomly drawn ones.
 
   Args:
-    features: of the token grid; with `field`, chance of being foreground and
-      mean vote.
+    features: of the token grid; with `field`, chance of being foreground,
+      mean vote, and what else there is, which does not count.
     num_slots: K.
     field: whether slot 0 is the background and K - 1 tokens are drawn from
       the foreground; else K tokens are drawn from all.
@@ -39,7 +39,7 @@ def random_partition(
   if field:
     chance = jnp.where(tokens[:, :1] > LEAST, tokens[:, :1], 0.0)
     draw = jnp.where(chance[:, 0] > 0, 1 + draw, draw)
-    tokens = tokens[:, 1:]
+    tokens = tokens[:, 1:3]
   seeds = tokens[jax.lax.top_k(jnp.asarray(draw), min(wanted, size))[1]]
   step = tokens[:, None] - seeds[None]
   nearest = jnp.argmin((step**2).sum(-1), axis=1)

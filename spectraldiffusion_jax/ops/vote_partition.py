@@ -1,10 +1,10 @@
 """The spectral step on a learned instance field.
 
 Foreground tokens are joined by how close their votes for an object's centre
-are. The graph is then nearly block-diagonal, one block an object, so that
-the number of eigenvalues near 1 counts the objects (the multiplicity of 1 is
-the number of components: von Luxburg 2007, proposition 4) and no cluster has
-to be merged or split afterwards.
+are, and their chroma. The graph is then nearly block-diagonal, one block an
+object, so that the number of eigenvalues near 1 counts the objects (the
+multiplicity of 1 is the number of components: von Luxburg 2007, proposition 4)
+and no cluster has to be merged or split afterwards.
 """
 
 import jax
@@ -22,21 +22,28 @@ LEAST = 0.3
 
 
 def vote_graph(
-  features: Float[Array, "*grid 3"], *, sigma: float
+  features: Float[Array, "*grid C"], *, sigma: float, chroma_sigma: float = 0.0
 ) -> DenseGraph:
-  """W_nm = sqrt(p_n p_m) exp(-|v_n - v_m|^2 / 2 sigma^2) on the foreground.
+  """W_nm = sqrt(p_n p_m) exp(-|x_n - x_m|^2 / 2) on the foreground.
 
   A heat kernel between weights: positive semi-definite, so that no shift is
-  needed (Schoenberg 1938).
+  needed (Schoenberg 1938). Tokens x are votes over `sigma`, beside chroma over
+  `chroma_sigma`: a small object of another colour whose votes stray to its
+  neighbour's centre keeps a block of its own.
 
   Args:
-    features: chance p of being foreground and mean vote v of each token.
+    features: chance p of being foreground, mean vote (2 channels) and chroma
+      (2 channels, not read if `chroma_sigma` is 0) of each token.
     sigma: in the units of the votes.
+    chroma_sigma: in the units of the chroma; 0 = votes alone.
   """
   tokens = features.reshape(-1, features.shape[-1])
   chance = jnp.where(tokens[:, 0] > LEAST, tokens[:, 0], 0.0)
   root = jnp.sqrt(chance)
-  kernel = jnp.exp(-squared_distance(tokens[:, 1:]) / (2 * sigma**2))
+  place = tokens[:, 1:3] / sigma
+  if chroma_sigma:
+    place = jnp.concatenate([place, tokens[:, 3:] / chroma_sigma], axis=1)
+  kernel = jnp.exp(-0.5 * squared_distance(place))
   return DenseGraph(kernel * root[:, None] * root[None])
 
 
@@ -71,11 +78,12 @@ def _operator(graph: DenseGraph) -> tuple[spectral.Matvec, Float[Array, " N"]]:
 
 
 def vote_partition(
-  features: Float[Array, "h w 3"],
+  features: Float[Array, "h w C"],
   *,
   num_slots: int,
   sigma: float = 0.22,
-  threshold: float = 0.8,
+  chroma_sigma: float = 0.0,
+  threshold: float = 0.85,
   count_rule: str = "threshold",
   limit: int = 512,
   rounds: int = 2,
@@ -85,9 +93,10 @@ def vote_partition(
   """Shares tokens out: slot 0 the background, one slot a counted object.
 
   Args:
-    features: chance of being foreground, and mean vote, of each token.
+    features: see `vote_graph`.
     num_slots: K; at most K - 1 objects are told apart.
     sigma: distance of votes, in their units, at which affinity fades.
+    chroma_sigma: the same of chroma; 0 = votes alone.
     threshold: eigenvalues above it count objects.
     count_rule: "threshold", "eigengap" (largest gap between eigenvalues, at
       most K - 2 objects) or "fixed" (always K - 1 objects).
@@ -98,9 +107,9 @@ def vote_partition(
     dense: diagonalise the whole matrix instead, the oracle of the iteration.
   """
   features = jnp.nan_to_num(jax.lax.stop_gradient(features))
-  tokens = features.reshape(-1, 3)
+  tokens = features.reshape(-1, features.shape[-1])
   chosen = _sample(tokens[:, 0], limit)
-  graph = vote_graph(tokens[chosen], sigma=sigma)
+  graph = vote_graph(tokens[chosen], sigma=sigma, chroma_sigma=chroma_sigma)
   matvec, lead = _operator(graph)
   wanted = max(1, min(num_slots - 1, chosen.shape[0]))
   if dense:
