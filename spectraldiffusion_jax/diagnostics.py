@@ -105,11 +105,10 @@ def advice(values: Mapping[str, float]) -> list[str]:
       "training.grad_clip, and set model.compute_dtype=float32"
     )
   similarity = values.get("slot_similarity", 0.0)
-  if similarity > SEPARATE:
-    name = "slots collapsed" if similarity > COLLAPSED else "slots are alike"
+  if similarity > COLLAPSED:
     lines.append(
-      f"{name}: slot_similarity {similarity:.2f}, healthy below {SEPARATE}, "
-      f"collapsed above {COLLAPSED}; set loss_weights.diversity=0.1, "
+      f"slots collapsed: slot_similarity {similarity:.2f}, healthy below "
+      f"{SEPARATE}, collapsed above {COLLAPSED}; set loss_weights.diversity=0.1, "
       "model.use_spectral_init=true, or raise model.num_slots by half"
     )
   largest = values.get("max_attention", 1.0)

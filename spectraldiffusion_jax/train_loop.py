@@ -257,8 +257,10 @@ class _Loop:
     loss, ari = row["train/loss"], self.scores.get("val/ari")
     row |= self.progress.log(step, loss, ari)
     self.writer.write_scalars(step, row)
-    advice = diagnostics.advice(values)
-    for line in advice:
+    # Slots that have not begun to bind are not yet slots that fail to.
+    warm = step > self.length.warmup_steps
+    judged = values if warm else {"loss": values["loss"]}
+    for line in diagnostics.advice(judged):
       problem = line.partition(":")[0]
       if problem not in self.advised:
         print(line)

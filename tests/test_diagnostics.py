@@ -83,7 +83,7 @@ HEALTHY = {
   ("change", "name"),
   [
     ({}, None),
-    ({"slot_similarity": 0.5}, "slots are alike"),
+    ({"slot_similarity": 0.6}, None),
     ({"slot_similarity": 0.9}, "slots collapsed"),
     ({"max_attention": 0.1}, "attention is uniform"),
     ({"attention_entropy": 0.99}, "attention is uniform"),
