@@ -108,8 +108,9 @@ def advice(values: Mapping[str, float]) -> list[str]:
   if similarity > COLLAPSED:
     lines.append(
       f"slots collapsed: slot_similarity {similarity:.2f}, healthy below "
-      f"{SEPARATE}, collapsed above {COLLAPSED}; set loss_weights.diversity=0.1, "
-      "model.use_spectral_init=true, or raise model.num_slots by half"
+      f"{SEPARATE}, collapsed above {COLLAPSED}; set "
+      "loss_weights.diversity=0.1, model.use_spectral_init=true, or raise "
+      "model.num_slots by half"
     )
   largest = values.get("max_attention", 1.0)
   entropy = values.get("attention_entropy", 0.0)
