@@ -257,10 +257,9 @@ class _Loop:
     loss, ari = row["train/loss"], self.scores.get("val/ari")
     row |= self.progress.log(step, loss, ari)
     self.writer.write_scalars(step, row)
-    # Slots that have not begun to bind are not yet slots that fail to.
-    warm = step > self.length.warmup_steps
-    judged = values if warm else {"loss": values["loss"]}
-    for line in diagnostics.advice(judged):
+    if step <= self.length.warmup_steps:  # slots have not begun to bind
+      values = {"loss": values["loss"]}
+    for line in diagnostics.advice(values):
       problem = line.partition(":")[0]
       if problem not in self.advised:
         print(line)

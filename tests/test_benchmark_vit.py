@@ -8,6 +8,7 @@ from spectraldiffusion_jax.benchmarks import vit as benchmark
 from spectraldiffusion_jax.models.vit_variants import make_vit
 
 
+@pytest.mark.slow
 def test_rows():
   (row,) = benchmark.run(
     cases=[("vit_tiny", 16, 2)], repeats=2, torch=False, dtype="bfloat16"

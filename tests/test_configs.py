@@ -34,9 +34,9 @@ def get(name, variant):
   return module.get_config(variant) if variant else module.get_config()
 
 
-COMPILED = {("cityscapes", ""), ("default", ""), ("procedural", "baseline")}
-"""One config of each kind of encoder: the steps of others are compiled in the
-slow checks, and that of procedural:easy in test_end_to_end.py."""
+COMPILED = {("procedural", "baseline")}
+"""The steps of others are compiled in the slow checks; a U-Net's runs in
+test_end_to_end.py as well, a backbone's in test_slots_on_backbone.py."""
 
 
 def parametrize(fast):
