@@ -118,6 +118,10 @@ def test_table_chart_and_json_agree(tmp_path):
   assert names == ["training_free", "step0", "phase1", "full", "no_grey"]
   assert "-0.800 +- " in lines[4] and "1 diverged" in lines[6]
   assert "| 0.70, 0.35, -0.70 |" in lines[5] and "0.70," not in lines[4]
+  assert "slots tell" in lines[0]
+  (tmp_path / "untold").mkdir()
+  untold = report.write({"full": {0: result(0.9)}}, tmp_path / "untold")
+  assert "slots tell" not in untold and "ARI - full" not in untold
   rows = json.loads((tmp_path / "ablation.json").read_text())
   assert [row["name"] for row in rows] == names
   picture = chart.draw(rows, report.METRICS)

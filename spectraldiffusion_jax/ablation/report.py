@@ -115,7 +115,7 @@ def difference(gains: list[np.ndarray]) -> tuple[float | None, float | None]:
 
 
 def markdown(rows: list[dict]) -> str:
-  """The table, one row a cell."""
+  """The table, one row a cell; what no cell has is left out."""
   head = ["cell", "seeds", *METRICS.values()]
   head += [f"{METRICS[m]} - full" for m in ("fg_ari", "ari")]
   head += ["slots tell " + ", ".join(readout.PROPERTIES), "s/step", "MB"]
@@ -134,6 +134,9 @@ def markdown(rows: list[dict]) -> str:
     failed = row.get("diverged")
     line += [row["note"] + (f"; {failed} diverged" if failed else "")]
     lines.append(line)
+  columns = zip(head, *lines, strict=True)
+  kept = [c for c in columns if any(c[1:])]
+  head, *lines = zip(*kept, strict=True)
   return markdown_table(head, lines)
 
 
