@@ -35,8 +35,8 @@ def get_config(variant: str = "easy") -> ConfigDict:
   c.training.warmup_epochs = 1.0
   c.training.learning_rate = 3e-3
   c.training.weight_decay = 1e-4
-  # Colours name the objects of easy: nothing is left to learn from a second
-  # round or from grey objects, and it cost 0.002 to 0.01 (docs/results.md).
+  # Colours name the objects of easy: a second round and grey objects teach
+  # nothing there, and cost 0.007 ARI (docs/results.md).
   c.composite.rounds = 1 if level == "easy" else 2
   c.composite.grey_object = 0.0 if level == "easy" else 0.2
   c.spectral.sigma = 0.08

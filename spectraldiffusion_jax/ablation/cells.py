@@ -151,22 +151,13 @@ def choose_changes(config: ConfigDict, names: Sequence[str]) -> list[Cell]:
     UserError: there is no cell of a name, or it would train `full` again.
   """
   chosen = choose_cells(names)
-  left = [c for c in chosen if c.name == FULL or _changed(config, c)]
+  made = {c.name: configure(config, c, config.seed) for c in CELLS.values()}
+  left = [c for c in chosen if c.name == FULL or made[c.name] != made[FULL]]
   for cell in chosen if names else ():
     if cell not in left:
       held = ", ".join(f"{name}={value}" for name, value in cell.fields.items())
       raise UserError(f"--cells={cell.name}: the config has {held} already")
   return left
-
-
-def _changed(config: ConfigDict, cell: Cell) -> bool:
-  """Whether the cell's fields are not those of the config."""
-  return any(
-    config[section][field] != value
-    for (section, field), value in (
-      (name.split("."), value) for name, value in cell.fields.items()
-    )
-  )
 
 
 def configure(config: ConfigDict, cell: Cell, seed: int) -> ConfigDict:
