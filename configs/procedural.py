@@ -30,7 +30,7 @@ def get_config(variant: str = "easy") -> ConfigDict:
   c.model.image_size = 64
   c.model.num_slots = 11 if variant == "hard" else 8
   c.model.token_stride = 2
-  c.training.batch_size = 8 if variant == "easy" else 16
+  c.training.batch_size = 8 if variant in ("easy", "hard") else 16
   c.training.num_steps = {"easy": 672, "hard": 900}.get(variant, 400)
   c.training.warmup_epochs = 1.0
   c.training.learning_rate = 3e-3
