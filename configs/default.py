@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
   spectral.use_power_iteration = True  # False: dense eigh, unet only [guide]
   spectral.sigma = 0.06  # affinity scale of colours, Lab / 100 [here]
   spectral.vote_sigma = 0.22  # affinity scale of votes, image height / 8 [here]
-  spectral.chroma_sigma = 0.15  # of chroma beside votes, Lab / 100; 0 = without
+  spectral.chroma_sigma = 0.15  # the same of chroma, Lab / 100; 0 = none [here]
   spectral.count_threshold = 0.85  # eigenvalues above it count objects [here]
   spectral.count = "auto"  # auto | threshold | eigengap | fixed [here]
   spectral.merge = 0.07  # smallest boundary contrast kept, Lab / 100 [here]

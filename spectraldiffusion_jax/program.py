@@ -47,7 +47,7 @@ class Program:
       training.batch_size, training.gradient_accumulation, mesh
     )
     self.config, self.mesh = config, mesh
-    self._on_cpu = mesh.devices.flat[0].platform == "cpu"
+    self._device = mesh.devices.flat[0]
     self._gathered = functools.partial(sharding.gather_weights, mesh=mesh)
     self.model = build.make_model(config)
     self._schedule = optim.make_schedule(
@@ -84,7 +84,7 @@ class Program:
     self.init_state = jax.jit(
       lambda: create(jnp.zeros(image.shape)),
       out_shardings=self._at,
-      compiler_options=effort.on_cpu(0) if self._on_cpu else None,
+      compiler_options=effort.on_cpu(0, self._device),
     )
     batch = {"image": ((size, size, 3), jnp.float32)}
     if config.composite.rounds:
@@ -112,7 +112,7 @@ class Program:
       in_shardings=(self._at, self._rows),
       out_shardings=(self._at, sharding.replicated(self.mesh)),
       donate_argnums=0,
-      compiler_options=effort.on_cpu(1) if self._on_cpu else None,
+      compiler_options=effort.on_cpu(1, self._device),
     )
 
   def _make_readers(self) -> None:

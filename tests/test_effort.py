@@ -1,5 +1,7 @@
 """How hard XLA works: less where it does not pay, and never against JAX."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from spectraldiffusion_jax import effort
 
 SWITCH = "jax_disable_most_optimizations"
+CPU = jax.devices("cpu")[0]
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def test_xla_takes_the_option_and_computes_the_same(optimised, level):
   def run(x):
     return jnp.tanh(x) @ jnp.sin(x)
 
-  options = effort.on_cpu(level)
+  options = effort.on_cpu(level, CPU)
   assert options
   less = jax.jit(run, compiler_options=options)(x)
   np.testing.assert_allclose(less, jax.jit(run)(x), rtol=1e-5)
@@ -36,7 +39,11 @@ def test_an_unknown_option_would_be_refused(optimised):
     jax.jit(jnp.sin, compiler_options={"xla_no_such": 1})(1.0)
 
 
+def test_other_devices_are_left_to_jax(optimised):
+  assert effort.on_cpu(1, types.SimpleNamespace(platform="tpu")) is None
+
+
 def test_jax_own_switch_comes_first(optimised):
-  assert effort.on_cpu(1) is not None
+  assert effort.on_cpu(1, CPU) is not None
   jax.config.update(SWITCH, True)
-  assert effort.on_cpu(1) is None
+  assert effort.on_cpu(1, CPU) is None

@@ -4,7 +4,7 @@ A cell is a name and the fields it sets in the config it is given. Phase 5 of
 the guide is that config itself, the cell `full`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -133,31 +133,42 @@ _ROWS = (
 CELLS = {name: Cell(name, fields, note) for name, fields, note in _ROWS}
 
 
-def choose_cells(names: Sequence[str]) -> list[Cell]:
-  """The cells of these names in the table's order, all of them for none.
+def choose_cells(
+  names: Sequence[str], unfit: Callable[[Cell], str] = lambda cell: ""
+) -> list[Cell]:
+  """The fitting cells of these names in the table's order, all for none.
+
+  Args:
+    names: of cells.
+    unfit: why a cell does not fit, "" if it does.
 
   Raises:
-    UserError: there is no cell of a name.
+    UserError: there is no cell of a name, or it does not fit.
   """
   for name in names:
     choose("--cells", name, CELLS)
-  return [c for c in CELLS.values() if not names or c.name in names]
+  fitting = []
+  for cell in CELLS.values():
+    if names and cell.name not in names:
+      continue
+    if not (reason := unfit(cell)):
+      fitting.append(cell)
+    elif names:
+      raise UserError(f"--cells={cell.name} {reason}")
+  return fitting
 
 
 def choose_changes(config: ConfigDict, names: Sequence[str]) -> list[Cell]:
-  """The same without the cells whose parts the config is without already.
+  """The same without cells that would train `full` again."""
+  full = configure(config, CELLS[FULL], config.seed)
 
-  Raises:
-    UserError: there is no cell of a name, or it would train `full` again.
-  """
-  chosen = choose_cells(names)
-  made = {c.name: configure(config, c, config.seed) for c in CELLS.values()}
-  left = [c for c in chosen if c.name == FULL or made[c.name] != made[FULL]]
-  for cell in chosen if names else ():
-    if cell not in left:
-      held = ", ".join(f"{name}={value}" for name, value in cell.fields.items())
-      raise UserError(f"--cells={cell.name}: the config has {held} already")
-  return left
+  def unfit(cell: Cell) -> str:
+    if cell.name == FULL or configure(config, cell, config.seed) != full:
+      return ""
+    held = ", ".join(f"{name}={value}" for name, value in cell.fields.items())
+    return f"changes nothing: the config has {held} already"
+
+  return choose_cells(names, unfit)
 
 
 def configure(config: ConfigDict, cell: Cell, seed: int) -> ConfigDict:

@@ -49,10 +49,11 @@ def run(
       folder holds runs of another config.
   """
   folder = folder.expanduser().absolute()
+  chosen = cells_lib.choose_changes(config, names)
   plan = [
     (cell, seed)
     for seed in range(config.seed, config.seed + seeds)
-    for cell in cells_lib.choose_changes(config, names)
+    for cell in chosen
   ]
   configs = [cells_lib.configure(config, *item) for item in plan]
   for made in configs:

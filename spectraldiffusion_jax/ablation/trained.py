@@ -21,7 +21,6 @@ from spectraldiffusion_jax import (
 )
 from spectraldiffusion_jax.ablation import cells as cells_lib
 from spectraldiffusion_jax.ablation import one, report, runner
-from spectraldiffusion_jax.errors import UserError
 
 FIELDS = (
   "model.num_iterations",
@@ -39,15 +38,12 @@ def choose(names: Sequence[str]) -> list[cells_lib.Cell]:
   Raises:
     UserError: a named cell has to be trained.
   """
-  chosen = cells_lib.choose_cells(names)
-  fitting = [c for c in chosen if set(c.fields) <= set(FIELDS)]
-  for cell in chosen if names else ():
-    if cell not in fitting:
-      raise UserError(
-        f"--cells={cell.name} has to be trained; with --trained there are "
-        f"{', '.join(c.name for c in choose(()))}"
-      )
-  return fitting
+  every = cells_lib.CELLS.values()
+  fitting = [cell.name for cell in every if set(cell.fields) <= set(FIELDS)]
+  reason = f"has to be trained; with --trained there are {', '.join(fitting)}"
+  return cells_lib.choose_cells(
+    names, lambda cell: "" if cell.name in fitting else reason
+  )
 
 
 def run(

@@ -65,7 +65,7 @@ def run(config: ConfigDict, *, repeats: int = 20) -> dict:
   plain = jax.jit(
     _plain_step(config, program),
     donate_argnums=0,
-    compiler_options=effort.on_cpu(1) if device.platform == "cpu" else None,
+    compiler_options=effort.on_cpu(1, device),
   )
 
   def fresh():

@@ -34,10 +34,10 @@ def _on_host(draw, size: int):
   compete with training for an accelerator.
   """
   one = functools.partial(draw, height=size, width=size)
-  stack = jax.jit(
-    functools.partial(jax.lax.map, one), compiler_options=effort.on_cpu(1)
-  )
   host = jax.local_devices(backend="cpu")[0]
+  stack = jax.jit(
+    functools.partial(jax.lax.map, one), compiler_options=effort.on_cpu(1, host)
+  )
   return lambda scenes: jax.device_get(stack(jax.device_put(scenes, host)))
 
 
